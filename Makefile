@@ -42,14 +42,14 @@ help:
 setup: $(STAMP)
 
 # torch goes in first and alone: a resolver that sees it together with the rest may choose a build with CUDA packages.
-# The build tool comes next, so that installing the project itself needs no isolated environment and no network.
+# The build tools come next, so that installing the project itself needs no isolated environment and no network.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 		{ echo "weightfold needs Python 3.11 or newer; set PYTHON=/path/to/it. Found: $$($(PYTHON) --version)" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	@$(call twice,$(PIP) --quiet $(TORCH_ARGS) "torch==2.13.0")
-	@$(call twice,$(PIP) --quiet hatchling)
+	@$(call twice,$(PIP) --quiet hatchling editables)
 	@$(call twice,$(PIP) --quiet --no-build-isolation --editable ".[$(EXTRAS)]")
 	@$(BIN)/python -m pip check
 	@touch $@
