@@ -8,7 +8,8 @@
 # TORCH_ARGS (for the pip call that installs torch: the place for an index with CPU builds).
 
 PYTHON ?= python3
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 4))")
+CORES = import os; print(min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 4))
+WORKERS ?= $(shell $(PYTHON) -c "$(CORES)")
 ARGS ?=
 TORCH_ARGS ?=
 
@@ -24,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # $(call twice,COMMAND): run it, and once more if it fails (a package registry may stumble).
-twice = $(1) || { echo "make: failed, trying once more: $(firstword $(1)) ..." >&2; sleep 3; $(1); }
+twice = $(1) || { echo "make setup: pip failed; trying once more" >&2; sleep 3; $(1); }
 
 .PHONY: help setup test demo check format-check lint types layers format bench clean
 .NOTPARALLEL:
