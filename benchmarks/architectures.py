@@ -1,8 +1,8 @@
 """Registry of architectures for benchmarks: every entry is built from its configuration with small random weights.
 
-Nothing is downloaded. Widths differ wherever a design leaves a choice (hidden 48, intermediate 88, vocabulary 101, ...),
-and parameters that start out constant (biases, norm scales, layer scales) as well as batch statistics get random values,
-so that a fault cannot hide behind equal sizes or behind zeros and ones.
+Nothing is downloaded. Widths differ wherever a design leaves a choice (hidden 48, intermediate 88, vocabulary 101),
+and parameters that start out constant (biases, norm scales, layer scales) as well as batch statistics get random
+values, so that a fault cannot hide behind equal sizes or behind zeros and ones.
 
 Run as a script, this prints one row per architecture: parameters, seconds and size of ``torch.export``.
 
@@ -12,6 +12,7 @@ Run as a script, this prints one row per architecture: parameters, seconds and s
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 try:
     import transformers
@@ -92,18 +94,37 @@ def draw(spec: Spec) -> Tensor:
     return torch.ones(spec.shape, dtype=torch.long) if isinstance(spec, Ones) else torch.randn(spec.shape)
 
 
+def fan_in(parameter: Tensor, module: nn.Module) -> int:
+    """Count the terms that one output of a weight sums over; kernels count for convolutions."""
+    return parameter[0].numel() if isinstance(module, nn.modules.conv._ConvNd) else parameter.shape[-1]
+
+
+def scale_up_(parameter: Tensor, size: float) -> None:
+    """Multiply a parameter, in place, so that its root mean square is at least ``size``."""
+    parameter.mul_(max(1.0, size / float(parameter.square().mean().sqrt())))
+
+
 @torch.no_grad()
 def enliven_(model: nn.Module) -> None:
-    """Add noise to constant parameters and random statistics to batch norms, in place."""
-    for parameter in model.parameters():
-        constant = parameter.is_floating_point() and parameter.numel() > 1 and parameter.min() == parameter.max()
-        if constant:
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.2)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
+    """Give every parameter and batch statistic a size at which it shows in the output, in place.
+
+    Weights smaller than the He scale are scaled up to it: with a usual initial deviation of 0.02, narrow and deep
+    networks forget their input, and every edit would look exact. Constant parameters get noise, norms that start at a
+    deviation of 0.02 get scale 1, batch norms random statistics.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.numel() > 1 and parameter.min() == parameter.max():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            elif parameter.ndim > 1:
+                scale_up_(parameter, math.sqrt(2 / fan_in(parameter, module)))
+            elif name == "weight" and parameter.square().mean() < 0.01:
+                scale_up_(parameter, 1.0)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "running_mean":
+                buffer.normal_(std=0.2)
+            elif name == "running_var":
+                buffer.uniform_(0.5, 1.5)
 
 
 def build(make: Callable[[], nn.Module], args: tuple[Spec, ...] = (), kwargs: dict[str, Spec] | None = None) -> Built:
@@ -132,6 +153,7 @@ MASKED_TOKENS = {"input_ids": Ids((B, L)), "attention_mask": Ones((B, L))}
 SEQ2SEQ = {"input_ids": Ids((B, L)), "decoder_input_ids": Ids((B, 7))}
 PIXELS = {"pixel_values": Floats((B, 3, 32, 32))}
 PIXELS_64 = {"pixel_values": Floats((B, 3, 64, 64))}
+PIXELS_128 = {"pixel_values": Floats((B, 3, 128, 128))}
 PICTURE_AND_TOKENS = {"input_ids": Ids((B, L)), "pixel_values": Floats((B, 3, 32, 32))}
 WAVE = {"input_values": Floats((B, 640))}
 
@@ -254,7 +276,7 @@ HF_CONVOLUTIONAL = [
         "EfficientNetForImageClassification",
         {
             "image_size": 64,
-            "width_coefficient": 1.0,
+            "width_coefficient": 0.25,
             "depth_coefficient": 1.0,
             "kernel_sizes": [3, 5, 3],
             "in_channels": [32, 16, 24],
@@ -262,7 +284,7 @@ HF_CONVOLUTIONAL = [
             "strides": [1, 2, 2],
             "num_block_repeats": [1, 2, 1],
             "expand_ratios": [1, 3, 3],
-            "hidden_dim": 72,
+            "hidden_dim": 320,
             "num_labels": 5,
         },
         PIXELS_64,
@@ -416,38 +438,38 @@ HF_VISION = [
         "levit",
         "LevitForImageClassification",
         {
-            "image_size": 64,
+            "image_size": 128,
             "hidden_sizes": [32, 44, 56],
             "num_attention_heads": [2, 3, 4],
             "depths": [1, 1, 1],
             "key_dim": [8, 8, 8],
             "num_labels": 5,
         },
-        PIXELS_64,
+        PIXELS_128,
     ),
     (
         "mobilevit",
         "MobileViTForImageClassification",
         {
-            "image_size": 64,
+            "image_size": 128,
             "hidden_sizes": [32, 44, 52],
             "neck_hidden_sizes": [8, 12, 16, 20, 24, 28, 72],
             "num_attention_heads": 4,
             "num_labels": 5,
         },
-        PIXELS_64,
+        PIXELS_128,
     ),
     (
         "mobilevitv2",
         "MobileViTV2ForImageClassification",
         {
-            "image_size": 64,
+            "image_size": 128,
             "width_multiplier": 0.25,
             "n_attn_blocks": [1, 1, 1],
             "base_attn_unit_dims": [128, 192, 256],
             "num_labels": 5,
         },
-        PIXELS_64,
+        PIXELS_128,
     ),
     (
         "swiftformer",
@@ -470,7 +492,7 @@ HF_VISION = [
     ("vit-msn", "ViTMSNForImageClassification", VIT, PIXELS),
     (
         "dpt",
-        "DPTForDepthEstimation",
+        "DPTForSemanticSegmentation",
         {
             **VIT,
             "num_hidden_layers": 4,
@@ -782,7 +804,6 @@ MIXTRAL = {**GQA, **EXPERTS, "num_local_experts": 3}
 HF_EXPERTS = [
     ("mixtral", "MixtralForCausalLM", MIXTRAL, TOKENS),
     ("mixtral-loop", "MixtralForCausalLM", {**MIXTRAL, "experts_implementation": "eager"}, TOKENS),
-    ("mixtral-grouped", "MixtralForCausalLM", {**MIXTRAL, "experts_implementation": "grouped_mm"}, TOKENS),
     (
         "qwen2-moe",
         "Qwen2MoeForCausalLM",
@@ -1009,6 +1030,29 @@ def to_double(built: Built) -> Built:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return model.double(), tuple(map(convert, args)), {name: convert(value) for name, value in kwargs.items()}
+
+
+class KeepDouble(TorchFunctionMode):
+    """Context in which tensors asked for in float32 come in float64.
+
+    Norms, softmax and rotary positions of many models compute in float32 whatever the model's type, which would limit
+    any comparison to seven digits.
+
+    Example:
+        >>> with KeepDouble():
+        ...     torch.ones(2, dtype=torch.float64).float().dtype
+        torch.float64
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        wide = {name: _widen(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widen, args), **wide)
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 # Table

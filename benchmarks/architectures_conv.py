@@ -1,7 +1,7 @@
 """Hand-written networks: the classics and the couplings that libraries of models do not show.
 
 Every class is small enough to read in one glance and uses a different width wherever the design leaves a choice, so
-that two axes of equal size are a statement of the design and not a coincidence. The registry is in ``architectures.py``.
+that two axes of equal size are a statement of the design and not a coincidence. ``architectures.py`` lists them.
 """
 
 from __future__ import annotations
