@@ -70,7 +70,8 @@ def test_every_import_goes_to_a_lower_layer() -> None:
     imports = list(imports_of(ROOT))
     assert len(list(modules_of(ROOT))) > 2, f"found no modules to check in {ROOT.name}/"
     assert imports, "found no import between modules: the walk is broken"
-    assert not violations(ROOT)
+    found = violations(ROOT)
+    assert not found, "\n".join(found)
 
 
 def test_the_table_is_sound() -> None:
