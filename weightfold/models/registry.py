@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ NAMES: tuple[str, ...] = tuple(_FAMILIES)
 
 
 def build(
-    name: str, task: TaskSpec, *, seed: int = 0, generator: torch.Generator | None = None, **overrides: object
+    name: str, task: TaskSpec, *, seed: int = 0, generator: torch.Generator | None = None, **overrides: Any
 ) -> nn.Module:
     """Build a built-in network for a task, with the same weights for the same seed.
 
