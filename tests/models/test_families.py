@@ -139,4 +139,4 @@ def test_a_gru_reads_an_image_from_top_to_bottom() -> None:
     model = build("gru", CIFAR, width=6).eval()
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     rows = torch.stack([x[:, :, row].flatten(1) for row in range(32)], dim=1)
-    torch.testing.assert_close(model.sequence(x), rows)
+    torch.testing.assert_close(model.get_submodule("sequence")(x), rows)

@@ -45,7 +45,7 @@ def test_losses_match_their_closed_forms() -> None:
         (lambda: Classes(n=1), "'n' setting of Classes"),
         (lambda: TaskSpec(input=TableInput(n_features=2), output=NextToken(vocab=3)), "needs text input"),
         (lambda: TaskSpec(input=TextInput(vocab=4, context=2), output=NextToken(vocab=3)), "same vocabulary"),
-        (lambda: TableInput(**{"n_feature": 2}), "n_features"),
+        (lambda: TableInput.from_json('{"n_feature": 2}'), "n_features"),
     ],
 )
 def test_refuses_what_makes_no_sense(make, complaint: str) -> None:

@@ -94,7 +94,8 @@ class Dataset:
         train: samples to learn from; all scalings are measured on them alone.
         val: samples to decide by, taken out of the training samples.
         test: samples that no decision may look at.
-        classes: name of each output of a classification; the characters of a text's vocabulary; else empty.
+        classes: name of each class; empty unless the task is classification.
+        vocabulary: character of each token of a text; else empty.
         input_scaling: normalises images (on the scale from 0 to 1) and tables; None for texts.
         target_scaling: normalises the targets of a regression; None for others.
     """
@@ -105,13 +106,14 @@ class Dataset:
     val: Split
     test: Split
     classes: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
     input_scaling: Scaling | None = None
     target_scaling: Scaling | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything a network can see: task, class names, the splits in their order, the scalings."""
-        digest = hashlib.sha256(repr((self.task.to_json(), self.classes)).encode())
+        """SHA-256 of everything a network can see: task, names, the splits in their order, the scalings."""
+        digest = hashlib.sha256(repr((self.task.to_json(), self.classes, self.vocabulary)).encode())
         for tensor in self._tensors():
             digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
             digest.update(tensor.contiguous().numpy().data)

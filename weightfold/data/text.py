@@ -67,9 +67,9 @@ def load_text(path: Path, test_path: Path | None, options: LoadOptions) -> Datas
     n_tokens = len(vocabulary.characters)
     if n_tokens < 3:
         raise DataError(f"The text '{path}' holds one character only: {train[0]!r}.", remedy="Pass a real text.")
-    splits = (windows(vocabulary.encode(part), options.context) for part in (train, val, test))
     task = TaskSpec(input=TextInput(vocab=n_tokens, context=options.context), output=NextToken(vocab=n_tokens))
-    return Dataset(path.stem, task, *splits, classes=vocabulary.characters)
+    parts = [windows(vocabulary.encode(part), options.context) for part in (train, val, test)]
+    return Dataset(path.stem, task, parts[0], parts[1], parts[2], vocabulary=vocabulary.characters)
 
 
 def is_sentence_table(path: Path) -> bool:
@@ -103,7 +103,7 @@ def load_sentences(path: Path, test_path: Path | None, options: LoadOptions) -> 
     test = split(sentences, labels, plan.test) if own_test is None else split(test_sentences, own_test, plan.test)
     n_tokens = len(vocabulary.characters)
     task = TaskSpec(input=TextInput(vocab=n_tokens, context=options.context), output=Classes(n=len(classes)))
-    return Dataset(path.stem, task, train, val, test, classes)
+    return Dataset(path.stem, task, train, val, test, classes, vocabulary.characters)
 
 
 def _read_sentences(path: Path) -> tuple[list[str], list[str]]:
