@@ -176,6 +176,7 @@ MISSING = "row 2 (line 3) of"
         (["1,2", ",3", "4,5"], {}, ["A value is missing", MISSING, "column 'a': ''"]),
         (["1,2", "3,?", "4,5"], {}, ["A value is missing", MISSING, "column 'b': '?'"]),
         (["1,2", "inf,3", "4,5"], {}, ["Column 'a' holds numbers", MISSING, "has 'inf'"]),
+        (["1,2", "1e300,3", "4,5"], {}, ["Column 'a' holds numbers", MISSING, "has '1e300'"]),
         (["1,2", "x,3", "4,5"], {}, ["Column 'a' holds numbers", MISSING, "has 'x'"]),
         (["1,2", "3", "4,5"], {}, ["must have 2 cells", "Got 1", MISSING]),
         (["1,2", "3,4,5"], {}, ["must have 2 cells", "Got 3", MISSING]),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import isfinite, pi
+from math import pi
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from weightfold.models.task import Classes, Regression, TableInput, TaskSpec
 
 _MISSING = frozenset({"", "nan", "na", "n/a", "null", "?"})
 _MOST_CATEGORIES = 256
+_LARGEST = float(np.finfo(np.float32).max)
 _MOST_NUMBERED_CLASSES = 20
 
 
@@ -286,7 +287,7 @@ def _is_classes(column: Column, options: LoadOptions) -> bool:
 
 def _check_numbers(name: str, cells: Sequence[str], places: Sequence[str], numbers: Sequence[float | None]) -> None:
     for cell, place, number in zip(cells, places, numbers, strict=True):
-        if number is None or not isfinite(number):
+        if number is None or not abs(number) <= _LARGEST:
             raise DataError(
                 f"Column '{name}' holds numbers, but {place} has {cell!r}.",
                 remedy="Correct it, remove the row, or leave the column out with drop=(...,).",
