@@ -892,8 +892,17 @@ HF_TABLES = {
 }
 
 
+def available(model_class: str) -> bool:
+    """Tell whether the installed transformers has a class and can import it."""
+    try:
+        return hasattr(transformers, model_class)
+    except (ImportError, RuntimeError) as error:
+        print(f"architectures: {model_class} is left out: {error}".split("\n")[0])
+        return False
+
+
 def hf_architectures() -> list[Architecture]:
-    """List the entries whose class the installed transformers has; none, with a note, where it is not installed."""
+    """List the entries whose class transformers has; none, with a note, where transformers is not installed."""
     if transformers is None:
         print("architectures: transformers is not installed, its models are left out")
         return []
@@ -901,7 +910,7 @@ def hf_architectures() -> list[Architecture]:
     return [
         Architecture(f"hf-{name}", family, partial(build, partial(make_hf, cls, config), (), inputs))
         for family, name, cls, config, inputs in rows
-        if hasattr(transformers, cls)
+        if available(cls)
     ]
 
 
@@ -933,6 +942,7 @@ TORCH_ROWS = [
             nn.TransformerEncoderLayer(24, 4, 44, batch_first=True, norm_first=True, activation="gelu"),
             2,
             nn.LayerNorm(24),
+            enable_nested_tensor=False,
         ),
         (WIDE,),
     ),

@@ -45,6 +45,7 @@ from architectures import Architecture, KeepDouble, architectures, by_name, to_d
 
 TOLERANCE = 1e-9
 MAX_CHECKED = 6
+LISTING_S = 30.0
 RESERVE_S = 5.0
 
 
@@ -52,11 +53,13 @@ RESERVE_S = 5.0
 class Outcome:
     """What came of one architecture.
 
-    ``right`` includes ``right_by_heads``; ``at_output`` counts the groups left out as they change an output's shape.
+    ``listed`` says that the enumeration of all groups ended in time. ``right`` includes ``right_by_heads``;
+    ``at_output`` counts the groups left out as they change an output's shape.
     """
 
     name: str
     built: bool = False
+    listed: bool = False
     groups: int = 0
     checked: int = 0
     right: int = 0
@@ -68,9 +71,18 @@ class Outcome:
     error: str = ""
 
     @property
+    def exact(self) -> bool:
+        """Tell whether every group that was checked (at least one) was right."""
+        return self.checked > 0 and self.wrong == self.failed == 0
+
+    @property
     def ok(self) -> bool:
-        """Tell whether the graph was built and every group checked (at least one) was right."""
-        return self.built and self.checked > 0 and self.wrong == self.failed == 0
+        """Tell whether the graph was built, all its groups could be listed, and those checked were right."""
+        return self.built and self.listed and self.exact
+
+    def row(self) -> dict[str, Any]:
+        """Give all fields and the two verdicts."""
+        return {**asdict(self), "exact": self.exact, "ok": self.ok}
 
 
 class OutOfTime(BaseException):
@@ -79,17 +91,18 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after that many seconds."""
+    """Raise OutOfTime in the block after that many seconds; a limit around it goes on counting."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous, start = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    outer_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        left_s = max(outer_s - (time.monotonic() - start), 1e-3) if outer_s else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left_s)
         signal.signal(signal.SIGALRM, previous)
 
 
@@ -117,11 +130,13 @@ class Case:
         """Compute all output tensors."""
         return [t.clone() for t in tensors(self.model(*self.args, **self.kwargs))]
 
-    def roots(self) -> list[str]:
+    def roots(self) -> Iterator[str]:
         """List one root layer (convolution, linear, LSTM, attention) per group of two or more channels."""
         kinds = [nn.modules.conv._ConvNd, nn.Linear, nn.LSTM, nn.MultiheadAttention]
-        layers = [group[0].dep.target.module for group in self.graph.get_all_groups(root_module_types=kinds)]
-        return [self.graph._module2name[layer] for layer in layers if self.graph.get_out_channels(layer) > 1]
+        for group in self.graph.get_all_groups(root_module_types=kinds):
+            layer = group[0].dep.target.module
+            if self.graph.get_out_channels(layer) > 1:
+                yield self.graph._module2name[layer]
 
     def group(self, root: str, idxs: list[int]) -> Any:
         """Give the group that removes those output channels of the layer of that name."""
@@ -306,16 +321,31 @@ def record(outcome: Outcome, root: str, result: str) -> None:
     setattr(outcome, kind, getattr(outcome, kind) + 1)
     outcome.checked += kind != "at_output"
     outcome.right += kind == "right_by_heads"
-    if kind in ("wrong", "failed") and not outcome.error:
-        outcome.error = f"{root}: {result}"
+    if kind in ("wrong", "failed") and outcome.wrong + outcome.failed == 1:
+        outcome.error = "; ".join(filter(None, (outcome.error, f"{root}: {result}")))
+
+
+def list_roots(outcome: Outcome, architecture: Architecture) -> list[str]:
+    """Build the graph and list its groups; where listing fails or does not end, give those listed so far."""
+    case, roots = Case(architecture), []
+    outcome.built = True
+    try:
+        with time_limit(LISTING_S):
+            for root in case.roots():
+                roots.append(root)
+        outcome.listed = True
+    except OutOfTime:
+        outcome.error = f"groups not listed after {LISTING_S:.0f} s"
+    except Exception as error:
+        outcome.error = f"listing groups: {type(error).__name__}: {error}".split("\n")[0][:200]
+    outcome.groups = len(roots)
+    return roots
 
 
 def run_checks(outcome: Outcome, n_groups: int) -> None:
     """Build the graph, then check groups until ``n_groups`` have been checked, in place."""
     architecture = by_name(outcome.name)
-    roots = Case(architecture).roots()
-    outcome.built, outcome.groups = True, len(roots)
-    for root in spread(roots):
+    for root in spread(list_roots(outcome, architecture)):
         record(outcome, root, check_group(architecture, root))
         if outcome.checked >= n_groups:
             return
@@ -328,7 +358,7 @@ def check(name: str, n_groups: int = MAX_CHECKED, seconds: float = 60.0) -> Outc
         with time_limit(seconds), KeepDouble():
             run_checks(outcome, n_groups)
     except OutOfTime:
-        outcome.error = outcome.error or ("time is up" if outcome.built else "time is up while the graph is built")
+        outcome.error = outcome.error or "time is up"
     except Exception as error:
         outcome.error = f"{type(error).__name__}: {error}".split("\n")[0][:200]
     outcome.seconds = round(time.perf_counter() - start, 2)
@@ -348,7 +378,7 @@ def check_in_process(name: str, timeout: float) -> dict[str, Any]:
     except (IndexError, ValueError):
         error = f"process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
     outcome = Outcome(name, seconds=round(time.perf_counter() - start, 2), error=error)
-    return {**asdict(outcome), "ok": False}
+    return outcome.row()
 
 
 def check_all(names: list[str], timeout: float = 60.0, workers: int = 3) -> dict[str, dict[str, Any]]:
@@ -368,12 +398,8 @@ def totals(results: dict[str, dict[str, Any]]) -> dict[str, int]:
     rows = list(results.values())
     counts = ("groups", "checked", "right", "right_by_heads", "wrong", "failed", "at_output")
     sums = {key: sum(r[key] for r in rows) for key in counts}
-    return {
-        "architectures": len(rows),
-        "built": sum(r["built"] for r in rows),
-        "ok": sum(r["ok"] for r in rows),
-        **sums,
-    }
+    verdicts = {key: sum(r[key] for r in rows) for key in ("built", "listed", "exact", "ok")}
+    return {"architectures": len(rows), **verdicts, **sums}
 
 
 def write_all(path: Path, timeout: float, workers: int) -> None:
@@ -382,7 +408,13 @@ def write_all(path: Path, timeout: float, workers: int) -> None:
     kept = {
         "date": date.today().isoformat(),
         "versions": versions(),
-        "settings": {"timeout_s": timeout, "max_checked": MAX_CHECKED, "tolerance": TOLERANCE, "threads": 1},
+        "settings": {
+            "timeout_s": timeout,
+            "listing_s": LISTING_S,
+            "max_checked": MAX_CHECKED,
+            "tolerance": TOLERANCE,
+            "threads": 1,
+        },
         "totals": totals(results),
         "results": list(results.values()),
     }
@@ -406,7 +438,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         outcome = check(options.name, options.groups, options.seconds)
-        print(json.dumps({**asdict(outcome), "ok": outcome.ok}))
+        print(json.dumps(outcome.row()))
     else:
         parser.error("name an architecture, or give --all FILE")
 
