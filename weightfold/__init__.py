@@ -1,3 +1,19 @@
 """weightfold: networks that find what they hold twice, and fold it away while they train."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {"trace": "weightfold.graph", "ChannelGraph": "weightfold.graph", "ChannelGroup": "weightfold.graph"}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: importing the package imports nothing heavy."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'weightfold' has no attribute {name!r}")

@@ -1,0 +1,376 @@
+"""The three things that can happen to labels: values meet elementwise, a dimension is summed away, data moves.
+
+Every operator is one of these or a short composition of them (a matrix product is a meeting followed by a sum), so a
+rule for a new operator is a few lines in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from weightfold.graph.labels import (
+    FROZEN,
+    NO_MERGE,
+    NO_REMOVE,
+    PAIRED,
+    READ,
+    WRITE,
+    ZERO,
+    Field,
+    Store,
+    Value,
+    combine_labels,
+    compress,
+    pair_fields,
+)
+
+FIXED = "meets data that differs per channel and is no channel itself (an input, a fixed table)"
+
+
+def broadcast_shape(values: Sequence[Value]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*(value.shape for value in values)))
+
+
+def _check_varying(
+    store: Store, value: Value, other: Value, covered: frozenset[int], ends: frozenset[int] = frozenset()
+) -> None:
+    """Freeze what meets data that varies along the channel and carries no label there.
+
+    A product with such data still commutes with a rescale, unless the channel is summed away (``ends``).
+    """
+    for item in value.fields:
+        bad = frozenset(d for d in item.support if other.varies(d) and d not in covered)
+        if bad:
+            store.forbid(value, item, bad, FROZEN, FIXED)
+            if bad & ends:
+                store.kill(item)
+
+
+def _check_codes(store: Store, value: Value, item: Field, mine: Tensor, theirs: Tensor) -> None:
+    """Freeze atoms whose counterpart is data without a label."""
+    mine, theirs = torch.broadcast_tensors(mine, theirs)
+    lost = mine[(mine > 0) & (theirs == 0)]
+    if lost.numel():
+        store.forbid(value, replace(item, labels=lost), item.support, FROZEN, FIXED)
+
+
+def _gauge_add(store: Store, a: Field, b: Field) -> tuple[Tensor, Tensor]:
+    """A sum answers a rescale only if both terms answer it alike; a known zero answers every rescale."""
+    out = []
+    for kind in ("pos", "sgn"):
+        x, y = torch.broadcast_tensors(getattr(a, kind), getattr(b, kind))
+        lx, ly = torch.broadcast_tensors(a.labels, b.labels)
+        zero_x, zero_y = (lx == ZERO), (ly == ZERO)
+        both = (x != 0) & (y != 0)
+        same = store.same_pos if kind == "pos" else store.same_sgn
+        kill = store.kill_pos if kind == "pos" else store.kill_sgn
+        same(x[both], y[both])
+        kill(x[(x != 0) & (y == 0) & ~zero_y])
+        kill(y[(y != 0) & (x == 0) & ~zero_x])
+        out.append(torch.where(both | zero_y, x, torch.where(zero_x, y, torch.zeros_like(x))))
+    return out[0], out[1]
+
+
+def _gauge_mul(store: Store, a: Field, b: Field) -> tuple[Tensor, Tensor]:
+    """A product of two gauges: the first passes, the second is held fixed."""
+    out = []
+    for kind in ("pos", "sgn"):
+        x, y = torch.broadcast_tensors(getattr(a, kind), getattr(b, kind))
+        both = (x != 0) & (y != 0)
+        (store.kill_pos if kind == "pos" else store.kill_sgn)(y[both])
+        out.append(torch.where(x != 0, x, y))
+    return out[0], out[1]
+
+
+def _gauge_none(store: Store, a: Field, b: Field) -> tuple[Tensor, Tensor]:
+    store.kill(a)
+    store.kill(b)
+    zero = torch.zeros(torch.broadcast_shapes(a.labels.shape, b.labels.shape), dtype=torch.long)
+    return zero, zero
+
+
+GAUGES: dict[str, Callable[[Store, Field, Field], tuple[Tensor, Tensor]]] = {
+    "add": _gauge_add,
+    "mul": _gauge_mul,
+    "none": _gauge_none,
+}
+
+
+def _merge_pair(store: Store, a: Field, b: Field, how: str) -> Field:
+    store.same(a.labels, b.labels)
+    if a.level != b.level:
+        store.kill(a)
+        store.kill(b)
+        labels = combine_labels(a.labels, b.labels)
+        return Field(labels, torch.zeros_like(labels), torch.zeros_like(labels), 1)
+    labels = combine_labels(a.labels, b.labels)
+    pos, sgn = GAUGES[how](store, a, b)
+    return Field(labels, pos.expand(labels.shape), sgn.expand(labels.shape), a.level)
+
+
+def _alone(store: Store, item: Field, other: Value, how: str) -> Field:
+    """A field meets a value that says nothing of its channels."""
+    if how == "mul" or (how == "add" and other.zero) or item.level == 1:
+        return item
+    store.kill(item)
+    return item.without_gauge()
+
+
+def meet(store: Store, left: Value, right: Value, how: str) -> Value:
+    """Two values meet elementwise, broadcast against each other.
+
+    Args:
+        how: "add" (both must answer a rescale alike), "mul" (degrees add up), "none" (no rescale survives).
+    """
+    ndim = max(len(left.shape), len(right.shape))
+    left, right = left.lifted(ndim), right.lifted(ndim)
+    matches, rest_l, rest_r = pair_fields(left.fields, right.fields)
+    cover_l = frozenset(d for f in left.fields for d in f.support)
+    cover_r = frozenset(d for f in right.fields for d in f.support)
+    ends = frozenset(range(ndim)) if how != "mul" else frozenset()
+    _check_varying(store, left, right, cover_r, ends)
+    _check_varying(store, right, left, cover_l, ends)
+    fields = []
+    for a, b in matches:
+        _check_codes(store, left, a, a.labels, b.labels)
+        _check_codes(store, right, b, b.labels, a.labels)
+        fields.append(_merge_pair(store, a, b, how))
+    fields += [_alone(store, a, right, how) for a in rest_l]
+    fields += [_alone(store, b, left, how) for b in rest_r]
+    uniform = left.uniform and right.uniform
+    return Value(
+        broadcast_shape((left, right)),
+        tuple(fields),
+        state=left.state and right.state,
+        uniform=uniform,
+        zero=uniform and left.zero and right.zero,
+    )
+
+
+def merge_along(store: Store, item: Field, dims: frozenset[int]) -> Field | None:
+    """Say that the labels along some dimensions are one channel, and drop those dimensions."""
+    first = item
+    for d in dims:
+        first = first.map(lambda array, d=d: array.narrow(d, 0, 1))
+    store.same(item.labels, first.labels)
+    for kind, same in (("pos", store.same_pos), ("sgn", store.same_sgn)):
+        x, y = torch.broadcast_tensors(getattr(item, kind), getattr(first, kind))
+        both = (x != 0) & (y != 0)
+        same(x[both], y[both])
+    return compress(first)
+
+
+def _covered(value: Value, item: Field, dims: frozenset[int]) -> bool:
+    """Whether blocks still tell the parts of a channel grid apart once ``dims`` are gone."""
+    left = item.support - dims
+    blocks = [block.support for block in value.blocks() if not (block.support & dims)]
+    return item.level == 0 and bool(blocks) and left <= frozenset().union(*blocks)
+
+
+def reduce(store: Store, value: Value, dims: frozenset[int], bits: int, reason: str, *, keep: bool = False) -> Value:
+    """Sum (or average, or normalise) over dimensions, without weights.
+
+    Args:
+        bits: what this forbids for channels that lie along the dimensions (NO_MERGE for a plain sum).
+        keep: the dimensions stay, every channel now depends on all (softmax, normalisation).
+    """
+    fields: list[Field] = []
+    for item in value.fields:
+        if not item.support & dims:
+            fields.append(item)
+            continue
+        if item.support <= dims or _covered(value, item, dims) or keep:
+            for bit in (NO_MERGE, NO_REMOVE):
+                if bits & bit:
+                    store.forbid(value, item, dims, bit, reason)
+            store.kill(item)
+            if keep:
+                fields.append(item.without_gauge())
+            if not keep and _covered(value, item, dims):
+                mark_used(store, value, dims)
+            continue
+        merged = merge_along(store, item, item.support & dims)
+        if merged is not None:
+            fields.append(merged)
+    shape = value.shape if keep else tuple(1 if d in dims else n for d, n in enumerate(value.shape))
+    return replace(value, shape=shape, fields=tuple(fields), name=None)
+
+
+def mark_used(store: Store, value: Value, dims: frozenset[int]) -> None:
+    """Blocks that outlive the summing of their channels are structure, not an accident of a view."""
+    for block in value.blocks():
+        if not block.support & dims:
+            store.used.append(torch.unique(block.labels[block.labels > 0]))
+
+
+def contract(store: Store, left: Value, right: Value, dims: frozenset[int]) -> Value:
+    """Multiply two values in a joint index space and sum over ``dims``: every matrix product and convolution.
+
+    A weight met along a summed dimension reads the channel there (its columns); along the others it writes.
+    """
+    ndim = max(len(left.shape), len(right.shape))
+    left, right = left.lifted(ndim), right.lifted(ndim)
+    matches, rest_l, rest_r = pair_fields(left.fields, right.fields)
+    for side, other in ((left, right), (right, left)):
+        if side.state and not other.state:
+            for item in side.fields:
+                if not item.support & dims:
+                    store.flag(item.labels, WRITE)
+    if any((a.support | b.support) & dims for a, b in matches):
+        joint = _meet_and_read(store, left, right, matches, rest_l, rest_r, dims)
+    else:
+        joint = meet(store, left, right, "mul")
+        joint = reduce(store, joint, dims, NO_MERGE, "is summed without weights")
+    shape = tuple(1 if d in dims else n for d, n in enumerate(broadcast_shape((left, right))))
+    return Value(shape, joint.fields, state=left.state and right.state)
+
+
+def _meet_and_read(
+    store: Store,
+    left: Value,
+    right: Value,
+    matches: list[tuple[Field, Field]],
+    rest_l: list[Field],
+    rest_r: list[Field],
+    dims: frozenset[int],
+) -> Value:
+    """The meeting of `contract` when channels are paired along a summed dimension."""
+    cover_l = frozenset(d for f in left.fields for d in f.support)
+    cover_r = frozenset(d for f in right.fields for d in f.support)
+    _check_varying(store, left, right, cover_r, dims)
+    _check_varying(store, right, left, cover_l, dims)
+    fields = []
+    for a, b in matches:
+        _check_codes(store, left, a, a.labels, b.labels)
+        _check_codes(store, right, b, b.labels, a.labels)
+        if (a.support | b.support) & dims:
+            merged = _read_pair(store, left, right, a, b, dims)
+            if merged is not None:
+                fields.append(merged)
+        else:
+            fields.append(_merge_pair(store, a, b, "mul"))
+    for owner, rest in ((left, rest_l), (right, rest_r)):
+        for item in rest:
+            if not item.support & dims:
+                fields.append(item)
+            elif item.level == 0:
+                store.forbid(owner, item, item.support, FROZEN, FIXED)
+                store.kill(item)
+    return Value(broadcast_shape((left, right)), tuple(fields))
+
+
+def _read_pair(store: Store, left: Value, right: Value, a: Field, b: Field, dims: frozenset[int]) -> Field | None:
+    """A channel is read: its two sides answer a rescale inversely, and it ends here."""
+    store.same(a.labels, b.labels)
+    for kind in ("pos", "sgn"):
+        x, y = torch.broadcast_tensors(getattr(a, kind), getattr(b, kind))
+        both = (x != 0) & (y != 0)
+        kill = store.kill_pos if kind == "pos" else store.kill_sgn
+        kill(x[(x != 0) & ~both])
+        kill(y[(y != 0) & ~both])
+        if kind == "pos":
+            store.same_pos(x[both], -y[both])
+        else:
+            store.same_sgn(x[both], y[both])
+    if left.state != right.state:
+        reader = b if right.state else a
+        store.flag(reader.labels, READ)
+    else:
+        paired = bool(((a.pos != 0).all()) and (b.pos != 0).all())
+        store.flag(combine_labels(a.labels, b.labels), PAIRED if paired else NO_MERGE, "is multiplied with itself")
+    big, owner = (a, left) if len(a.support) >= len(b.support) else (b, right)
+    for block in owner.blocks():
+        for other in (a, b):
+            if block.support <= other.support and block is not other:
+                store.members.append(tuple(torch.broadcast_tensors(other.labels, block.labels)))
+    left_over = big.support - dims
+    if not left_over:
+        return None
+    if _covered(owner, big, dims):
+        mark_used(store, owner, dims)
+        return None
+    merged = merge_along(store, big, big.support & dims)
+    return None if merged is None else merged.without_gauge()
+
+
+def moved(store: Store, value: Value, shape: tuple[int, ...], function: Callable[[Tensor], Tensor]) -> Value:
+    """Run a data movement on the labels; the function takes and returns arrays of the value's full shape."""
+    fields = []
+    for item in value.fields:
+        full = item.map(lambda array: function(array.expand(value.shape)))
+        small = compress(full)
+        if small is not None:
+            fields.append(small)
+    return replace(value, shape=shape, fields=tuple(fields), name=None)
+
+
+def _factor(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Cut a reshape into the smallest runs of dimensions with equal products."""
+    runs, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = ([i], old[i]) if i < len(old) else ([], 1), ([j], new[j]) if j < len(new) else ([], 1)
+        dims_old, n_old = list(left[0]), left[1]
+        dims_new, n_new = list(right[0]), right[1]
+        i, j = i + len(dims_old), j + len(dims_new)
+        while n_old != n_new:
+            if n_old < n_new:
+                dims_old.append(i)
+                n_old *= old[i]
+                i += 1
+            else:
+                dims_new.append(j)
+                n_new *= new[j]
+                j += 1
+        runs.append((dims_old, dims_new))
+    return runs
+
+
+def reshape(store: Store, value: Value, shape: tuple[int, ...]) -> Value:
+    """A view. Where one labelled dimension is split into several, the leading ones become blocks."""
+    runs = _factor(value.shape, shape)
+    fields: list[Field] = []
+    for item in value.fields:
+        target: list[int] = []
+        full = list(item.labels.shape)
+        for dims_old, dims_new in runs:
+            varies = any(item.labels.shape[d] > 1 for d in dims_old)
+            for d in dims_old:
+                full[d] = value.shape[d] if varies else 1
+            target += [shape[d] if varies else 1 for d in dims_new]
+        small = compress(item.map(lambda array, f=tuple(full), t=tuple(target): array.expand(f).reshape(t)))
+        if small is not None:
+            fields.append(small)
+            if item.level == 0 and len(small.support) > len(item.support) and not value.state:
+                store.rect(small.labels)
+    result = replace(value, shape=shape, fields=tuple(fields), name=None)
+    return result if value.state else with_blocks(store, result)
+
+
+def with_blocks(store: Store, value: Value) -> Value:
+    """Give a channel grid that spans several dimensions a block field for every dimension but the last."""
+    extra = []
+    for item in value.fields:
+        if item.level != 0 or len(item.support) < 2:
+            continue
+        for d in sorted(item.support)[:-1]:
+            if any(block.support == {d} for block in value.blocks()):
+                continue
+            atoms = store.fresh_blocks(value.shape[d]).reshape([-1 if i == d else 1 for i in range(len(value.shape))])
+            none = torch.zeros_like(atoms)
+            extra.append(Field(atoms, none, none, 1))
+            store.members.append(tuple(torch.broadcast_tensors(item.labels, atoms)))
+    return replace(value, fields=value.fields + tuple(extra))
+
+
+def permute(value: Value, order: Sequence[int]) -> Value:
+    """Reorder dimensions."""
+    return replace(
+        value,
+        shape=tuple(value.shape[d] for d in order),
+        fields=tuple(f.map(lambda array: array.permute(*order)) for f in value.fields),
+        name=None,
+    )

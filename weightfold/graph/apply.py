@@ -1,0 +1,367 @@
+"""Apply an edit to a live model: weights, buffers, attributes, optimiser, averaged copies; and take it back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightfold.errors import EditError
+from weightfold.graph import optim
+from weightfold.graph.edit import Edit
+from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
+from weightfold.graph.layout import Layout, from_front, gauge_factors, layout, mix, scale_rows, select, to_front
+from weightfold.graph.sizes import sync_sizes
+
+Companion = nn.Module | MutableMapping[str, Tensor]
+"""An averaged copy of the model: a module (`AveragedModel` too) or a mapping from names to tensors."""
+
+
+@dataclass
+class Undo:
+    """Everything an edit replaced. `restore` puts it back bit for bit."""
+
+    tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
+    mappings: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = field(default_factory=list)
+    optimizer: list[tuple[torch.optim.Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
+    reset: list[str] = field(default_factory=list)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for optimizer, parameter, state in reversed(self.optimizer):
+            optimizer.state[parameter] = state
+        for owner, name, old in reversed(self.tensors):
+            put_tensor(owner, name, old, [entry[0] for entry in self.optimizer])
+        for mapping, name, old in reversed(self.mappings):
+            mapping[name] = old
+        for owner, name, value in reversed(self.attributes):
+            setattr(owner, name, value)
+
+
+def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
+    """The module that holds a parameter or buffer, the leaf name, and the tensor."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+        return owner, leaf, getattr(owner, leaf)
+    except AttributeError as error:
+        raise EditError(
+            f"The model has no tensor '{name}' any more.", remedy="It changed after it was traced: trace it again."
+        ) from error
+
+
+def put_tensor(owner: nn.Module, leaf: str, new: Tensor, optimizers: Iterable[torch.optim.Optimizer] = ()) -> Tensor:
+    """Put a tensor in place of another so that ties, hooks and optimisers follow; return what stood there.
+
+    The two swap identities, so every reference to the old object now sees the new contents. Where PyTorch holds weak
+    references (recurrent layers), the module's and the optimiser's references are replaced instead.
+    """
+    old = getattr(owner, leaf)
+    old.grad = None
+    if isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    if not isinstance(owner, nn.RNNBase):
+        try:
+            torch.utils.swap_tensors(old, new)
+            return new
+        except RuntimeError:
+            pass
+    setattr(owner, leaf, new)
+    for optimizer in {id(o): o for o in optimizers}.values():
+        for params in (g["params"] for g in optimizer.param_groups):
+            params[:] = [new if p is old else p for p in params]
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+    return old
+
+
+def _axis_of(group: ChannelGroup, tensor: str) -> list[Axis]:
+    return sorted((a for a in group.axes if a.tensor == tensor), key=lambda a: (-a.slabs, a.dim))
+
+
+def new_value(old: Tensor, group: ChannelGroup, edit: Edit, tensor: str) -> Tensor:
+    """What an edit makes of one tensor."""
+    value = old.detach()
+    for axis in _axis_of(group, tensor):
+        plan = layout(group, axis, edit)
+        front = to_front(value, axis.dim, axis.slabs)
+        front = _front_value(front, group, axis, edit, plan)
+        value = from_front(front, axis.dim, axis.slabs)
+    return value.to(old.dtype)
+
+
+def _front_value(front: Tensor, group: ChannelGroup, axis: Axis, edit: Edit, plan: Layout) -> Tensor:
+    reads = axis.role == "read"
+    if reads and (edit.read is not None or axis.key in edit.reads):
+        out = mix(front, axis, plan, edit.B_of(axis.key).T.contiguous())
+    elif not reads and edit.write is not None:
+        out = mix(front, axis, plan, edit.write)
+    else:
+        out = select(front, plan)
+    factors = gauge_factors(group, axis, edit, plan)
+    return out if factors is None else scale_rows(out, factors)
+
+
+def _reader_bias(model: nn.Module, tensor: str) -> tuple[nn.Module, str, Tensor]:
+    owner, leaf, _ = find_tensor(model, tensor)
+    bias = leaf.replace("weight", "bias")
+    if leaf == bias or not isinstance(getattr(owner, bias, None), Tensor):
+        raise EditError(
+            f"'{tensor}' has no bias to fold a constant into.", remedy="Fold without an intercept for this reader."
+        )
+    return owner, bias, getattr(owner, bias)
+
+
+def _shifted_biases(model: nn.Module, group: ChannelGroup, edit: Edit) -> dict[str, Tensor]:
+    """New biases of readers that take over a constant: ``bias + W @ shift``, spatial windows summed."""
+    out = {}
+    for (tensor, dim), vector in edit.shift.items():
+        axis = group.axis(tensor, dim)
+        _, bias_leaf, bias = _reader_bias(model, tensor)
+        weight = find_tensor(model, tensor)[2].detach()
+        if axis.slabs != 1:
+            raise EditError(f"'{tensor}' is a grouped convolution: a constant cannot be folded into its bias.")
+        front = to_front(weight, dim, 1).double()
+        added = torch.zeros_like(bias, dtype=torch.float64)
+        for m in range(axis.index.shape[1]):
+            have = axis.index[:, m] >= 0
+            rows = front.index_select(0, axis.index[have, m].to(front.device))
+            rows = rows.reshape(rows.shape[0], rows.shape[1], -1).sum(-1)
+            added += vector[have].to(rows.device) @ rows
+        name = f"{tensor.rpartition('.')[0]}.{bias_leaf}".lstrip(".")
+        out[name] = (bias.detach().double() + added).to(bias.dtype)
+    return out
+
+
+def check(model: nn.Module, group: ChannelGroup, edit: Edit) -> None:
+    """Refuse an edit that does not fit the group or the model.
+
+    Raises:
+        EditError: names the group or the tensor.
+    """
+    if edit.group != group.name or edit.n_channels != group.n_channels:
+        raise EditError(
+            f"An edit on {edit.n_channels} channels of '{edit.group}' does not fit group '{group.name}' "
+            f"with {group.n_channels}.",
+            remedy="Build the edit from the current graph.",
+        )
+    for axis in group.axes:
+        shape = find_tensor(model, axis.tensor)[2].shape
+        size = axis.size if axis.slabs == 1 else axis.size // axis.slabs
+        if axis.dim >= len(shape) or shape[axis.dim] != size:
+            raise EditError(
+                f"'{axis.tensor}' has shape {tuple(shape)}; the graph expects {size} along dimension {axis.dim}.",
+                remedy="The model changed after it was traced: trace it again.",
+            )
+    for kind, table in (("map", edit.reads), ("shift", edit.shift)):
+        for key, value in table.items():
+            if not bool(torch.isfinite(value).all()):
+                raise EditError(f"The {kind} of '{key[0]}' is not finite.", remedy="Raise the ridge, or check the data.")
+
+
+def apply(
+    model: nn.Module,
+    graph: ChannelGraph,
+    edit: Edit,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    companions: Sequence[Companion] = (),
+) -> tuple[ChannelGraph, Undo]:
+    """Apply one edit in place, everywhere that the group reaches.
+
+    Args:
+        model: the traced module.
+        optimizers: their state follows; gradients of edited parameters become None.
+        companions: averaged copies of the model, edited alike.
+    Returns:
+        The graph of the edited model, and what is needed to take the edit back.
+    Raises:
+        EditError: the edit does not fit; nothing was changed.
+    Example:
+        >>> import weightfold as wf
+        >>> from weightfold.graph import edit
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> graph = wf.trace(net, torch.zeros(1, 4))
+        >>> graph, undo = apply(net, graph, edit.remove(graph["0"], torch.tensor([0, 3, 5])))
+        >>> net[0].out_features, net[2].in_features
+        (3, 3)
+    """
+    group = graph[edit.group]
+    check(model, group, edit)
+    undo = Undo()
+    try:
+        for target in [model, *companions]:
+            _apply_to(target, graph, group, edit, optimizers if target is model else (), undo)
+    except BaseException:
+        undo.restore()
+        raise
+    optim.assert_live(model, optimizers)
+    return after(graph, edit), undo
+
+
+def _apply_to(
+    target: Companion,
+    graph: ChannelGraph,
+    group: ChannelGroup,
+    edit: Edit,
+    optimizers: Sequence[torch.optim.Optimizer],
+    undo: Undo,
+) -> None:
+    names = list(dict.fromkeys(axis.tensor for axis in group.axes))
+    if not isinstance(target, nn.Module):
+        for name in names:
+            if name in target:
+                undo.mappings.append((target, name, target[name]))
+                target[name] = new_value(target[name], group, edit, name)
+        return
+    module = target.module if isinstance(target, torch.optim.swa_utils.AveragedModel) else target
+    values = _shifted_biases(module, group, edit)
+    found = {name: find_tensor(module, name) for name in {**dict.fromkeys(names), **values}}
+    values |= {name: new_value(values.get(name, found[name][2]), group, edit, name) for name in names}
+    states = {
+        name: optim.new_states(optimizers, found[name][2], group, edit, name) for name in names if found[name][2] is not None
+    }
+    for name, value in values.items():
+        owner, leaf, old = found[name]
+        for optimizer, state in states.get(name, []):
+            undo.optimizer.append((optimizer, old, optimizer.state[old]))
+            if state is None:
+                undo.reset.append(name)
+                optimizer.state[old] = {}
+            else:
+                optimizer.state[old] = state
+        undo.tensors.append((owner, leaf, put_tensor(owner, leaf, value, optimizers)))
+    undo.attributes += sync_sizes(module, group, edit, names)
+
+
+def after(graph: ChannelGraph, edit: Edit) -> ChannelGraph:
+    """The graph of the edited model: every group that shares an edited axis is renumbered."""
+    group = graph[edit.group]
+    plans: dict[tuple[str, int, int], Layout] = {}
+    for axis in group.axes:
+        plans[axis.tensor, axis.dim, axis.slabs] = layout(group, axis, edit)
+    if not edit.resizes and torch.equal(edit.carry, torch.arange(group.n_channels)):
+        return graph
+    groups = []
+    for other in graph.groups:
+        touched = other is group or any((a.tensor, a.dim, a.slabs) in plans for a in other.axes)
+        new = _renumbered(other, group, edit, plans) if touched else other
+        if new is not None:
+            groups.append(new)
+    shapes = dict(graph.shapes)
+    for (tensor, dim, slabs), plan in plans.items():
+        shape = list(shapes[tensor])
+        shape[dim] = plan.size // slabs
+        shapes[tensor] = tuple(shape)
+    return replace(graph, groups=tuple(_with_sizes(g, shapes) for g in groups), shapes=shapes)
+
+
+def _with_sizes(group: ChannelGroup, shapes: Mapping[str, tuple[int, ...]]) -> ChannelGroup:
+    axes = tuple(
+        a if a.slabs == 1 and a.size == shapes[a.tensor][a.dim] else replace(a, size=shapes[a.tensor][a.dim] * a.slabs)
+        for a in group.axes
+    )
+    return replace(group, axes=axes)
+
+
+def _moved_index(index: Tensor, plan: Layout, size: int) -> Tensor:
+    """Follow positions through a layout: each goes where its contents went, -1 where they are gone."""
+    target = torch.full((size + 1,), -1, dtype=torch.long)
+    order = torch.arange(plan.size - 1, -1, -1)
+    target[plan.source[order]] = order
+    return target[index]
+
+
+def _renumbered(
+    other: ChannelGroup, group: ChannelGroup, edit: Edit, plans: Mapping[tuple[str, int, int], Layout]
+) -> ChannelGroup | None:
+    if other is group:
+        return _renumbered_self(group, edit, plans)
+    axes = []
+    for axis in other.axes:
+        plan = plans.get((axis.tensor, axis.dim, axis.slabs))
+        axes.append(axis if plan is None else replace(axis, index=_moved_index(axis.index, plan, axis.size)))
+    alive = torch.zeros(other.n_channels, dtype=torch.bool)
+    for axis in axes:
+        alive |= (axis.index >= 0).any(1)
+    for old, new in zip(other.axes, axes, strict=True):
+        lost = (old.index >= 0).any(1) & ~(new.index >= 0).any(1)
+        alive &= ~lost
+    if not bool(alive.any()):
+        return None
+    gauges = []
+    for gauge in other.gauges:
+        moved = []
+        for t, d, s, e, i in gauge.axes:
+            plan = plans.get((t, d, s))
+            size = next(a.size for a in other.axes if (a.tensor, a.dim, a.slabs) == (t, d, s))
+            moved.append((t, d, s, e, i if plan is None else _moved_index(i, plan, size)))
+        keep = alive[gauge.channel]
+        number = torch.cumsum(alive, 0) - 1
+        gauges.append(replace(gauge, channel=number[gauge.channel[keep]], axes=tuple((t, d, s, e, _trim(i[keep])) for t, d, s, e, i in moved)))
+    block = None
+    if other.block is not None:
+        block = torch.unique(other.block[alive], return_inverse=True)[1]
+        block = block if int(block.max()) > 0 else None
+    return replace(
+        other,
+        n_channels=int(alive.sum()),
+        axes=tuple(replace(a, index=_trim(a.index[alive])) for a in axes),
+        block=block,
+        gauges=tuple(gauges),
+    )
+
+
+def _trim(index: Tensor) -> Tensor:
+    """Drop slots that no channel has any more; close gaps."""
+    index = torch.sort(torch.where(index < 0, torch.iinfo(torch.long).max, index), 1).values
+    index = torch.where(index == torch.iinfo(torch.long).max, -1, index)
+    return index[:, (index >= 0).any(0)] if index.shape[1] > 1 else index
+
+
+def _renumbered_self(group: ChannelGroup, edit: Edit, plans: Mapping[tuple[str, int, int], Layout]) -> ChannelGroup:
+    axes = []
+    for axis in group.axes:
+        plan = plans[axis.tensor, axis.dim, axis.slabs]
+        index = torch.full((edit.n_after, axis.index.shape[1]), -1, dtype=torch.long)
+        mine = (plan.channel >= 0).nonzero().flatten()
+        index[plan.channel[mine], plan.slot[mine]] = mine
+        axes.append(replace(axis, index=index))
+    gauges = [g for gauge in group.gauges if (g := _gauge_after(gauge, group, edit, plans)) is not None]
+    return replace(
+        group,
+        n_channels=edit.n_after,
+        axes=tuple(axes),
+        block=None if group.block is None else group.block[edit.carry],
+        gauges=tuple(gauges),
+    )
+
+
+def _gauge_after(gauge: Any, group: ChannelGroup, edit: Edit, plans: Mapping[tuple[str, int, int], Layout]) -> Any:
+    """A gauge whose freedoms are the channels follows them; any other is dropped when channels are copied."""
+    copies = torch.unique(edit.carry).numel() < edit.n_after
+    simple = len(gauge) == group.n_channels and torch.equal(torch.sort(gauge.channel).values, torch.arange(len(gauge)))
+    if copies and not simple:
+        return None
+    if not simple:
+        number = torch.full((group.n_channels,), -1, dtype=torch.long)
+        number[edit.carry] = torch.arange(edit.n_after)
+        keep = number[gauge.channel] >= 0
+        size = {(a.tensor, a.dim, a.slabs): a.size for a in group.axes}
+        axes = tuple((t, d, s, e, _moved_index(i, plans[t, d, s], size[t, d, s])[keep]) for t, d, s, e, i in gauge.axes)
+        return replace(gauge, channel=number[gauge.channel[keep]], axes=axes)
+    freedom = torch.argsort(gauge.channel)
+    axes = []
+    for t, d, s, e, index in gauge.axes:
+        plan = plans[t, d, s]
+        axis = next(a for a in group.axes if (a.tensor, a.dim, a.slabs) == (t, d, s))
+        mine = (plan.channel >= 0).nonzero().flatten()
+        where = torch.full((edit.n_after, axis.index.shape[1]), -1, dtype=torch.long)
+        where[plan.channel[mine], plan.slot[mine]] = mine
+        old = axis.index[edit.carry]
+        belongs = torch.stack([(row[:, None] == index[freedom[c]][None, :]).any(1) for row, c in zip(old, edit.carry, strict=True)])
+        axes.append((t, d, s, e, _trim(torch.where(belongs & (old >= 0), where, -1))))
+    return replace(gauge, channel=torch.arange(edit.n_after), axes=tuple(axes))

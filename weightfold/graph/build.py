@@ -1,0 +1,529 @@
+"""From statements about atoms to channel groups: connected components, sorted by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from weightfold.graph import labels as L
+from weightfold.graph.group import Axis, ChannelGroup, Frozen, Gauge
+from weightfold.graph.labels import Store
+
+Ints = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+
+
+def mix(x: Ints | Hashes | int) -> Hashes:
+    """A fixed 64-bit hash of integers (splitmix64), the same in every process."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(x).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def _components(n: int, a: Ints, b: Ints) -> Ints:
+    graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _stack(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
+    if not pairs:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return (
+        torch.cat([p[0].flatten() for p in pairs]).numpy(),
+        torch.cat([p[1].flatten() for p in pairs]).numpy(),
+    )
+
+
+@dataclass
+class Atoms:
+    """Every seeded atom as parallel arrays, and what is known of the component of each."""
+
+    atom: Ints
+    seed: Ints
+    pos: Ints
+    comp: Ints
+    touch: Hashes
+
+
+@dataclass
+class Facts:
+    """The solved store: components, flags, hashes and gauges by atom or component."""
+
+    store: Store
+    comp: Ints
+    plain: Ints
+    comp_flags: Ints
+    atom_flags: Ints
+    touch: Hashes
+    comp_touch: Hashes
+    is_block: NDArray[np.bool_]
+    base: Atoms
+    reason: dict[int, dict[int, int]]
+
+    @property
+    def n_comps(self) -> int:
+        return len(self.comp_flags)
+
+
+def solve(store: Store) -> Facts:
+    """Take the connected components and carry flags and hashes over to them."""
+    n = store.n_atoms
+    comp = _components(n, *_stack([(a, b) for a, b, _ in store.edges]))
+    plain = _components(n, *_stack([(a, b) for a, b, is_plain in store.edges if is_plain]))
+    n_comps = int(comp.max()) + 1
+    atom_flags = np.zeros(n, np.int64)
+    comp_flags = np.zeros(n_comps, np.int64)
+    reason: dict[int, dict[int, int]] = {}
+    for event, (atoms, bit, _, _) in enumerate(store.flags):
+        index = atoms.numpy()
+        atom_flags[index] |= bit
+        if bit not in (L.READ, L.WRITE):
+            first = reason.setdefault(bit, {})
+            for c in np.unique(comp[index]):
+                first.setdefault(int(c), event)
+    np.bitwise_or.at(comp_flags, comp, atom_flags)
+    touch = np.zeros(n, np.uint64)
+    with np.errstate(over="ignore"):
+        for key, flat in store.touches:
+            values = flat.numpy()
+            np.add.at(touch, values[values > 0], mix(key))
+        comp_touch = np.zeros(n_comps, np.uint64)
+        np.add.at(comp_touch, comp, touch)
+    is_block = np.zeros(n_comps, bool)
+    seeded = np.zeros(n, bool)
+    atom = np.concatenate([np.arange(s.start, s.start + s.n) for s in store.seeds] or [np.zeros(0, np.int64)])
+    seeded[atom] = True
+    is_block[comp[~seeded]] = True
+    is_block[comp[0]] = False
+    base = Atoms(
+        atom,
+        np.repeat(np.arange(len(store.seeds)), [s.n for s in store.seeds]),
+        np.concatenate([np.arange(s.n) for s in store.seeds] or [np.zeros(0, np.int64)]),
+        comp[atom],
+        touch[atom],
+    )
+    return Facts(store, comp, plain, comp_flags, atom_flags, touch, comp_touch, is_block, base, reason)
+
+
+# gauges -------------------------------------------------------------------------------------------------------------
+
+
+def _gauge_roots(store: Store, kind: str) -> tuple[Ints, Ints]:
+    """Root and exponent of the gauge of every atom; root -1 where it is dead.
+
+    Signs are followed on the double cover: atom a is the pair of nodes (a, +), (a, -).
+    """
+    n = store.n_atoms
+    edges = store.pos_edges if kind == "positive" else store.sgn_edges
+    dead_list = store.dead_pos if kind == "positive" else store.dead_sgn
+    a, b = _stack(edges)
+    node = lambda signed: 2 * np.abs(signed) + (signed < 0)  # noqa: E731
+    na, nb = node(a), node(b)
+    root = _components(2 * n, np.concatenate([na, na ^ 1]), np.concatenate([nb, nb ^ 1]))
+    plus, minus = root[0::2], root[1::2]
+    low = np.minimum(plus, minus)
+    exponent = np.where(plus <= minus, 1, -1)
+    dead = np.zeros(int(root.max()) + 1, bool)
+    if kind == "positive":
+        dead[low[plus == minus]] = True
+    if dead_list:
+        dead[low[torch.cat(dead_list).numpy()]] = True
+    return np.where(dead[low], -1, low), exponent
+
+
+def _gauges_of(facts: Facts, channel: Ints, rows: Ints, roots: Ints, exponents: Ints, kind: str) -> list[Gauge]:
+    """Gauges of one group. ``rows`` index the base atoms of the group, ``channel`` is the channel of each."""
+    base, seeds = facts.base, facts.store.seeds
+    root, sign = roots[base.atom[rows]], exponents[base.atom[rows]]
+    alive = root >= 0
+    rows, channel, root, sign = rows[alive], channel[alive], root[alive], sign[alive]
+    if not len(rows):
+        return []
+    _, ids = np.unique(root, return_inverse=True)
+    signature = np.zeros(ids.max() + 1, np.uint64)
+    with np.errstate(over="ignore"):
+        np.add.at(signature, ids, mix(base.seed[rows].astype(np.uint64) * np.uint64(4) + (sign > 0).astype(np.uint64)))
+    gauges = []
+    for key in dict.fromkeys(signature.tolist()):
+        mine = signature[ids] == np.uint64(key)
+        r, c, s, i = rows[mine], channel[mine], sign[mine], ids[mine]
+        order = np.lexsort((base.pos[r], base.seed[r]))
+        first = dict.fromkeys(i[order].tolist())
+        number = {g: k for k, g in enumerate(first)}
+        local = np.array([number[g] for g in i.tolist()])
+        channels = np.zeros(len(first), np.int64)
+        channels[local] = c
+        flip = 1 if s[np.argmin(base.seed[r])] > 0 else -1
+        axes = []
+        for seed_id in np.unique(base.seed[r]):
+            for e in (1, -1):
+                pick = (base.seed[r] == seed_id) & (s * flip == e)
+                if pick.any():
+                    index = _table(local[pick], base.pos[r][pick], base.touch[r][pick], len(first))
+                    seed = seeds[seed_id]
+                    axes.append((seed.tensor, seed.dim, seed.slabs, e, torch.from_numpy(index)))
+        if kind == "sign" or any(a[3] > 0 for a in axes):
+            gauges.append(Gauge(kind, torch.from_numpy(channels), tuple(axes)))
+    return gauges
+
+
+def _table(channel: Ints, pos: Ints, touch: Hashes, n: int) -> Ints:
+    """Positions by channel, (n, M), -1 where a channel has fewer."""
+    order = np.lexsort((pos, touch, channel))
+    channel, pos = channel[order], pos[order]
+    counts = np.bincount(channel, minlength=n)
+    rank = np.arange(len(channel)) - np.repeat(np.cumsum(counts) - counts, counts)
+    out = np.full((n, int(counts.max())), -1, np.int64)
+    out[channel, rank] = pos
+    return out
+
+
+# grids --------------------------------------------------------------------------------------------------------------
+
+
+def _grids(facts: Facts) -> tuple[list[list[Ints]], Ints]:
+    """Lines of components that must keep equal counts, and the components whose grid makes no sense."""
+    families: list[list[Ints]] = []
+    broken: list[Ints] = []
+    for labels in facts.store.rects:
+        array = np.where(labels.numpy() > 0, facts.comp[np.maximum(labels.numpy(), 0)], -1)
+        for d in range(array.ndim):
+            if array.shape[d] > 1 and (array == np.take(array, [0], d)).all():
+                array = np.take(array, [0], d)
+        array = array.squeeze()
+        if array.ndim < 2:
+            continue
+        lines = np.unique(np.sort(array.reshape(-1, array.shape[-1]), axis=1), axis=0)
+        if len(lines) < 2:
+            continue
+        flat = lines[lines >= 0]
+        if (lines < 0).any() or len(np.unique(flat)) != len(flat):
+            broken.append(np.unique(flat))
+            continue
+        families.append(list(lines))
+    bad = np.unique(np.concatenate(broken)) if broken else np.zeros(0, np.int64)
+    return families, bad
+
+
+def _reason(facts: Facts, comps: Ints, bits: int, where: Sequence[str]) -> str:
+    """The first recorded reason for any of some flags on any of some components."""
+    best: int | None = None
+    for bit, first in facts.reason.items():
+        if bit & bits:
+            for c in comps.tolist():
+                event = first.get(c)
+                if event is not None and (best is None or event < best):
+                    best = event
+                    break
+    if best is None:
+        return "not admitted"
+    _, _, node, text = facts.store.flags[best]
+    return f"{text}{where[node]}" if text else f"is part of a layout that cannot change{where[node]}"
+
+
+# groups -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Builder:
+    """Assembles groups from solved facts; ``where`` maps a node to " (file:line: code)"."""
+
+    facts: Facts
+    where: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.roots = {kind: _gauge_roots(self.facts.store, kind) for kind in ("positive", "sign")}
+        self.names: set[str] = set()
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        facts, base = self.facts, self.facts.base
+        live = ~facts.is_block[base.comp] & (facts.comp_touch[base.comp] != 0)
+        rows = np.flatnonzero(live)
+        classes = self._classes(rows)
+        lines, bad = _grids(facts)
+        family, block = self._families(classes, lines)
+        groups = []
+        order = np.argsort(family[base.comp[rows]], kind="stable")
+        rows = rows[order]
+        of = family[base.comp[rows]]
+        starts = np.flatnonzero(np.r_[True, of[1:] != of[:-1]]) if len(rows) else []
+        for start, end in zip(starts, [*list(starts[1:]), len(rows)], strict=True):
+            group = self._channel_group(rows[start:end], block, bad)
+            if group is not None:
+                groups.append(group)
+        return groups
+
+    def _classes(self, rows: Ints) -> Ints:
+        """Components of one kind: same tensors, same operators met, same restrictions."""
+        facts, base = self.facts, self.facts.base
+        key = np.zeros(facts.n_comps, np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(key, base.comp[rows], mix(base.touch[rows] + mix(base.seed[rows])))
+            keep = ~(L.READ | L.WRITE)
+            key += mix(facts.comp_touch + mix(facts.comp_flags & keep))
+        used = np.zeros(facts.n_comps, bool)
+        used[base.comp[rows]] = True
+        classes = np.full(facts.n_comps, -1, np.int64)
+        classes[used] = np.unique(key[used], return_inverse=True)[1]
+        return classes
+
+    def _families(self, classes: Ints, families: list[list[Ints]]) -> tuple[Ints, Hashes]:
+        """Join classes whose sizes hang together; number the blocks that must keep equal counts."""
+        n = int(classes.max()) + 2 if len(classes) else 1
+        block = mix(classes.astype(np.uint64))
+        a, b = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        with np.errstate(over="ignore"):
+            for number, lines in enumerate(families):
+                anchor = classes[lines[0][0]]
+                for k, line in enumerate(lines):
+                    block[line] += mix(np.uint64(1 + number) * np.uint64(1 << 20) + np.uint64(k))
+                    linked = np.unique(classes[line])
+                    a.append(np.full(len(linked), anchor))
+                    b.append(linked)
+        left, right = np.concatenate(a), np.concatenate(b)
+        keep = (left >= 0) & (right >= 0)
+        joined = _components(n, left[keep], right[keep])
+        return np.where(classes >= 0, joined[classes], -1), block
+
+    def _channel_group(self, rows: Ints, block: Hashes, bad: Ints) -> ChannelGroup | None:
+        facts, base = self.facts, self.facts.base
+        comps_in_order = base.comp[rows[np.lexsort((base.pos[rows], base.seed[rows]))]]
+        comps = np.array(list(dict.fromkeys(comps_in_order.tolist())), dtype=np.int64)
+        fixed = (facts.comp_flags[comps] & (L.FROZEN | L.FROZEN_IN)) != 0
+        gaugeable = self._any_gauge(rows)
+        if fixed.all() and not gaugeable:
+            return None
+        if fixed.any() and not fixed.all():
+            keep = comps[~fixed]
+            rows = rows[np.isin(base.comp[rows], keep)]
+            comps = keep
+        number = np.full(facts.n_comps, -1, np.int64)
+        number[comps] = np.arange(len(comps))
+        channel = number[base.comp[rows]]
+        flags = int(np.bitwise_or.reduce(facts.comp_flags[comps]))
+        ids = np.unique(block[comps], return_inverse=True)[1]
+        first = {b: k for k, b in enumerate(dict.fromkeys(ids.tolist()))}
+        ids = np.array([first[b] for b in ids.tolist()])
+        even = len(set(np.bincount(ids).tolist())) == 1
+        gauges = [
+            g for kind, (roots, exps) in self.roots.items() for g in _gauges_of(facts, channel, rows, roots, exps, kind)
+        ]
+        reasons: dict[str, str] = {}
+        admits = set()
+        if fixed.all():
+            why = _reason(facts, comps, L.FROZEN | L.FROZEN_IN, self.where)
+            reasons = dict.fromkeys(("permute", "remove", "merge"), why)
+        else:
+            admits |= {"permute", "remove", "merge"}
+        if "remove" in admits and flags & (L.NO_REMOVE | L.NO_REMOVE_IN):
+            self._revoke(admits, reasons, "remove", comps, L.NO_REMOVE | L.NO_REMOVE_IN)
+        if "merge" in admits and flags & (L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN):
+            self._revoke(
+                admits, reasons, "merge", comps, L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN
+            )
+        if "remove" in admits and (fixed.any() or not even or np.isin(comps, bad).any()):
+            text = "shares a layout with channels that are frozen, or whose blocks differ in size"
+            admits -= {"remove", "merge"}
+            reasons |= {"remove": text, "merge": text}
+        axes = self._axes(rows, channel, len(comps), bool(flags & L.PAIRED))
+        if "merge" in admits and any(a.role == "both" for a in axes):
+            admits.discard("merge")
+            reasons["merge"] = "one tensor both writes and reads these channels (tied weights)"
+        if any(g.kind == "positive" for g in gauges):
+            admits.add("rescale")
+        if any(g.kind == "sign" for g in gauges):
+            admits.add("sign")
+        if len(comps) < 2 and not gauges:
+            return None
+        n_blocks = int(ids.max()) + 1
+        if n_blocks == len(comps):
+            admits -= {"remove", "merge"}
+            reasons.setdefault("remove", "each block holds one channel: edit the blocks as wholes")
+        return ChannelGroup(
+            name=self._name(axes),
+            kind="channels",
+            n_channels=len(comps),
+            axes=axes,
+            block=torch.from_numpy(ids) if n_blocks > 1 else None,
+            admits=frozenset(admits),
+            reasons=reasons,
+            gauges=tuple(gauges),
+            modules=self._modules(rows),
+            zero_at_zero=not flags & L.OFFSET,
+        )
+
+    def _any_gauge(self, rows: Ints) -> bool:
+        atoms = self.facts.base.atom[rows]
+        return any(bool((roots[atoms] >= 0).any()) for roots, _ in self.roots.values())
+
+    def _revoke(self, admits: set[str], reasons: dict[str, str], kind: str, comps: Ints, bits: int) -> None:
+        admits.discard(kind)
+        reasons[kind] = _reason(self.facts, comps, bits, self.where)
+
+    def _axes(self, rows: Ints, channel: Ints, n: int, paired: bool) -> tuple[Axis, ...]:
+        facts, base = self.facts, self.facts.base
+        axes = []
+        exponent = self.roots["positive"][1]
+        for seed_id in np.unique(base.seed[rows]):
+            mine = base.seed[rows] == seed_id
+            r = rows[mine]
+            seed = facts.store.seeds[seed_id]
+            index = torch.from_numpy(_table(channel[mine], base.pos[r], base.touch[r], n))
+            bits = int(np.bitwise_or.reduce(facts.atom_flags[base.atom[r]]))
+            read, write = bool(bits & L.READ), bool(bits & L.WRITE)
+            role = "both" if read and write else "read" if read else "write" if write else "pointwise"
+            if paired and role != "both":
+                role = _paired_role(role, exponent[base.atom[r]])
+            tap = facts.store.taps.get((seed.tensor, seed.dim))
+            axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, tap))
+        return tuple(axes)
+
+    def _modules(self, rows: Ints) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.facts.store.seeds[s].tensor.rpartition(".")[0] for s in np.unique(self.facts.base.seed[rows])))
+
+    def _name(self, axes: Sequence[Axis], suffix: str = "") -> str:
+        first = next((a for a in axes if a.role == "write"), axes[0])
+        module, _, leaf = first.tensor.rpartition(".")
+        name = (module if leaf.startswith(("weight", "bias")) and "_l" not in leaf and module else first.tensor) + suffix
+        candidate, k = name, 2
+        while candidate in self.names:
+            candidate = f"{name}#{k}"
+            k += 1
+        self.names.add(candidate)
+        return candidate
+
+    # blocks -----------------------------------------------------------------------------------------------------------
+
+    def block_groups(self) -> list[ChannelGroup]:
+        facts = self.facts
+        if not facts.store.used:
+            return []
+        used = np.unique(facts.comp[torch.cat([u.flatten() for u in facts.store.used]).numpy()])
+        family = self._block_families()
+        labels, blocks = _stack(facts.store.members)
+        keep = (labels > 0) & (blocks > 0)
+        root_of_label, root_of_block = facts.plain[labels[keep]], facts.comp[blocks[keep]]
+        groups = []
+        for fam in dict.fromkeys(family[used].tolist()):
+            roots = used[family[used] == fam]
+            group = self._block_group(roots, root_of_label, root_of_block)
+            if group is not None:
+                groups.append(group)
+        return groups
+
+    def _block_families(self) -> Ints:
+        """Blocks that one view split off, or that were said to be the same as such, belong together."""
+        comp, runs = self.facts.comp, [run.numpy() for run in self.facts.store.block_runs]
+        left = np.concatenate([np.full(len(run), comp[run[0]]) for run in runs])
+        return _components(self.facts.n_comps, left, comp[np.concatenate(runs)])
+
+    def _block_group(self, roots: Ints, root_of_label: Ints, root_of_block: Ints) -> ChannelGroup | None:
+        facts, base = self.facts, self.facts.base
+        if len(roots) < 2:
+            return None
+        mine = np.isin(root_of_block, roots)
+        pairs = np.unique(np.stack([root_of_label[mine], root_of_block[mine]]), axis=1)
+        owners, counts = np.unique(pairs[0], return_counts=True)
+        single = np.isin(pairs[0], owners[counts == 1])
+        owner = np.full(int(facts.plain.max()) + 1, -1, np.int64)
+        owner[pairs[0][single]] = pairs[1][single]
+        block_of_atom = owner[facts.plain[base.atom]]
+        direct = np.isin(base.comp, roots)
+        block_of_atom[direct] = base.comp[direct]
+        rows = np.flatnonzero(block_of_atom >= 0)
+        if not len(rows):
+            return None
+        problem = self._block_problem(roots, rows, block_of_atom)
+        order = np.lexsort((base.pos[rows], base.seed[rows]))
+        ordered = np.array(list(dict.fromkeys(block_of_atom[rows[order]].tolist())))
+        number = np.full(facts.n_comps, -1, np.int64)
+        number[ordered] = np.arange(len(ordered))
+        channel = number[block_of_atom[rows]]
+        children = np.unique(base.comp[rows])
+        flags = int(np.bitwise_or.reduce(facts.comp_flags[np.concatenate([roots, children])]))
+        own = int(np.bitwise_or.reduce(facts.comp_flags[roots]))
+        signature = np.zeros(len(ordered), np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(signature, channel, mix(base.touch[rows] + mix(base.seed[rows])))
+        if problem or len(np.unique(signature)) > 1 or own & L.FROZEN or flags & L.FROZEN:
+            return None
+        pairs = np.unique(np.stack([channel, base.comp[rows]]), axis=1)
+        inner = facts.comp_flags[children] & (L.FROZEN_IN | L.NO_REMOVE_IN | L.NO_MERGE_IN)
+        if pairs.shape[1] == len(ordered) == len(children) and not inner.any() and not np.isin(children, roots).any():
+            return None
+        axes = self._axes(rows, channel, len(ordered), False)
+        admits, reasons = {"permute", "remove", "merge"}, {}
+        if flags & L.NO_REMOVE:
+            self._revoke(admits, reasons, "remove", np.concatenate([roots, children]), L.NO_REMOVE)
+        if flags & (L.NO_MERGE | L.NO_REMOVE) or any(a.role == "both" for a in axes) or not any(a.role == "read" for a in axes):
+            self._revoke(admits, reasons, "merge", np.concatenate([roots, children]), L.NO_MERGE | L.NO_REMOVE)
+        return ChannelGroup(
+            name=self._name(axes, ".blocks"),
+            kind="blocks",
+            n_channels=len(ordered),
+            axes=axes,
+            block=None,
+            admits=frozenset(admits),
+            reasons=reasons,
+            modules=self._modules(rows),
+            zero_at_zero=not flags & L.OFFSET,
+        )
+
+    def _block_problem(self, roots: Ints, rows: Ints, block_of_atom: Ints) -> bool:
+        """Whether a channel inside the blocks has a part that is in no block and not shared by all of them."""
+        facts, base = self.facts, self.facts.base
+        children = np.unique(base.comp[rows])
+        children = children[~np.isin(children, roots)]
+        inside = np.isin(base.comp, children)
+        loose = inside & (block_of_atom < 0)
+        if not loose.any():
+            return False
+        suspects = np.unique(base.comp[loose])
+        mine = np.isin(base.comp[rows], suspects)
+        pairs = np.unique(np.stack([base.comp[rows][mine], block_of_atom[rows][mine]]), axis=1)
+        _, counts = np.unique(pairs[0], return_counts=True)
+        return bool((counts < len(roots)).any())
+
+    # what is left -----------------------------------------------------------------------------------------------------
+
+    def frozen(self, groups: Sequence[ChannelGroup]) -> list[Frozen]:
+        """Dimensions that belong to no group that could be edited, with the reason."""
+        facts, base = self.facts, self.facts.base
+        covered: dict[tuple[str, int, int], set[int]] = {}
+        for group in groups:
+            if group.kind == "channels" and group.free:
+                for axis in group.axes:
+                    covered.setdefault((axis.tensor, axis.dim, axis.slabs), set()).update(axis.index[axis.index >= 0].tolist())
+        out = []
+        for seed_id, seed in enumerate(facts.store.seeds):
+            if seed.n < 2 or seed.slabs > 1:
+                continue
+            mine = base.seed == seed_id
+            have = covered.get((seed.tensor, seed.dim, seed.slabs), set())
+            lost = mine & ~np.isin(base.pos, np.fromiter(have, np.int64, len(have)))
+            if not lost.any():
+                continue
+            comps = np.unique(base.comp[lost])
+            if (facts.comp_touch[comps] == 0).all():
+                text = "is not used by the traced forward"
+            else:
+                text = _reason(facts, comps, L.FROZEN | L.FROZEN_IN, self.where)
+            if " kernel" in text or " slabs" in text:
+                continue
+            out.append(Frozen(seed.tensor, seed.dim, int(lost.sum()), text))
+        return out
+
+
+def _paired_role(role: str, exponents: Ints) -> str:
+    """In a product of two activations (queries and keys) one side writes the channel, the other reads it."""
+    if (exponents > 0).all():
+        return "write" if role == "read" else role
+    return "read" if (exponents < 0).all() else "both"

@@ -1,0 +1,223 @@
+"""Check a graph against the model it claims to describe: random symmetries, planted dead channels, planted duplicates.
+
+Run it in float64: then an admitted edit changes the output by rounding alone, and a wrong one shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from weightfold.graph import edit as edits
+from weightfold.graph.apply import apply, find_tensor
+from weightfold.graph.edit import Edit
+from weightfold.graph.group import ChannelGraph, ChannelGroup
+from weightfold.graph.layout import from_front, to_front
+from weightfold.graph.trace import Example, arguments
+
+
+class Doubled(TorchFunctionMode):
+    """Inside, whatever asks for float32, float16 or bfloat16 gets float64: models that upcast to float32 in the middle
+    of their forward compute in float64 throughout."""
+
+    LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise_up = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in self.LOW else a  # noqa: E731
+        args = tuple(raise_up(a) for a in args)
+        kwargs = {k: raise_up(v) for k, v in (kwargs or {}).items()}
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.dtype in self.LOW:
+            return out.double()
+        return out
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Compute in float64, whatever the model asks for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Doubled(), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    """All floating tensors that the model returns."""
+    args, kwargs = arguments(example)
+    leaves = pytree.tree_leaves(model(*args, **kwargs))
+    out = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return out or [leaf for leaf in pytree.tree_leaves(_open(model(*args, **kwargs))) if isinstance(leaf, Tensor)]
+
+
+def _open(value: Any) -> Any:
+    return {k: _open(v) for k, v in vars(value).items()} if hasattr(value, "__dict__") else value
+
+
+def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference over the largest magnitude, over all outputs; infinite where shapes or finiteness differ."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape or not bool(torch.isfinite(y).all()):
+            return float("inf")
+        if x.numel():
+            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)))
+    return worst
+
+
+def random_order(group: ChannelGroup, generator: torch.Generator) -> Tensor:
+    """A random admitted permutation: any order within each block."""
+    order = torch.arange(group.n_channels)
+    block = torch.zeros(group.n_channels) if group.block is None else group.block
+    for b in torch.unique(block):
+        mine = (block == b).nonzero().flatten()
+        order[mine] = mine[torch.randperm(mine.numel(), generator=generator)]
+    return order
+
+
+def symmetries(group: ChannelGroup, generator: torch.Generator) -> list[Edit]:
+    """One random edit for every symmetry that the group admits."""
+    out = []
+    if "permute" in group.admits and group.n_channels > 1:
+        out.append(edits.permute(group, random_order(group, generator)))
+    for number, gauge in enumerate(group.gauges):
+        if gauge.kind == "positive":
+            out.append(edits.rescale(group, torch.rand(len(gauge), generator=generator) * 1.5 + 0.5, number))
+        else:
+            out.append(edits.sign(group, torch.rand(len(gauge), generator=generator) > 0.5, number))
+    return out
+
+
+def _one_per_block(group: ChannelGroup, generator: torch.Generator, n: int) -> list[Tensor] | None:
+    """n disjoint sets with one channel of every block each; None when a block is too small."""
+    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
+    sets: list[list[int]] = [[] for _ in range(n)]
+    for b in torch.unique(block):
+        mine = (block == b).nonzero().flatten()
+        if mine.numel() < n + (n == 1):
+            return None
+        picked = mine[torch.randperm(mine.numel(), generator=generator)[:n]]
+        for k in range(n):
+            sets[k].append(int(picked[k]))
+    return [torch.tensor(s) for s in sets]
+
+
+def _edit_rows(model: nn.Module, group: ChannelGroup, roles: set[str], change: Callable[[Tensor, Tensor], None]) -> None:
+    """Let ``change(front, index)`` write into the rows of every axis of some roles, tensor by tensor."""
+    for axis in group.axes:
+        if axis.role not in roles:
+            continue
+        tensor = find_tensor(model, axis.tensor)[2]
+        front = to_front(tensor.detach(), axis.dim, axis.slabs).clone()
+        change(front, axis.index)
+        with torch.no_grad():
+            tensor.copy_(from_front(front, axis.dim, axis.slabs))
+
+
+def plant_dead(model: nn.Module, group: ChannelGroup, channels: Tensor, *, silent: bool) -> None:
+    """Make channels dead: silent (nothing writes them) or unread (nothing reads them)."""
+
+    def clear(front: Tensor, index: Tensor) -> None:
+        rows = index[channels]
+        front[rows[rows >= 0]] = 0
+
+    roles = {"write", "pointwise", "both"} if silent else {"read"}
+    _edit_rows(model, group, roles, clear)
+
+
+def plant_duplicates(model: nn.Module, group: ChannelGroup, original: Tensor, copy: Tensor) -> None:
+    """Make channels ``copy`` equal to ``original`` in everything that writes them; what reads them stays."""
+
+    def duplicate(front: Tensor, index: Tensor) -> None:
+        have = (index[original] >= 0) & (index[copy] >= 0)
+        front[index[copy][have]] = front[index[original][have]].clone()
+
+    _edit_rows(model, group, {"write", "pointwise", "both"}, duplicate)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One exactness check of one group: which, the relative error, and what went wrong if anything did."""
+
+    group: str
+    kind: str
+    error: float
+    problem: str = ""
+
+
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def check_group(
+    model: nn.Module, graph: ChannelGraph, name: str, example: Example, generator: torch.Generator
+) -> Iterator[Check]:
+    """Run every check that a group's admitted edits allow; the model is left as it was."""
+    group = graph[name]
+    reference = outputs(model, example)
+    for edit in symmetries(group, generator):
+        yield _try(model, graph, edit, example, reference, edit.kind)
+    state = _saved(model)
+    try:
+        yield from _planted(model, graph, group, example, generator, state)
+    finally:
+        model.load_state_dict(state)
+
+
+def _planted(
+    model: nn.Module,
+    graph: ChannelGraph,
+    group: ChannelGroup,
+    example: Example,
+    generator: torch.Generator,
+    state: dict[str, Tensor],
+) -> Iterator[Check]:
+    if "remove" in group.admits:
+        dead = _one_per_block(group, generator, 1)
+        kinds = [k for k in (True, False) if group.zero_at_zero or not k]
+        for silent in kinds if dead else []:
+            if not silent and not group.role("read"):
+                continue
+            plant_dead(model, group, dead[0], silent=silent)
+            keep = torch.ones(group.n_channels, dtype=torch.bool)
+            keep[dead[0]] = False
+            edit = edits.remove(group, keep.nonzero().flatten())
+            yield _try(model, graph, edit, example, outputs(model, example), "silent" if silent else "unread")
+            model.load_state_dict(state)
+    if "merge" in group.admits:
+        pair = _one_per_block(group, generator, 2)
+        if pair:
+            plant_duplicates(model, group, *pair)
+            labels = torch.arange(group.n_channels)
+            labels[pair[1]] = pair[0]
+            yield _try(model, graph, edits.merge(group, labels), example, outputs(model, example), "merge")
+            copies = torch.ones(group.n_channels, dtype=torch.long)
+            copies[pair[0]] = 2
+            yield _try(model, graph, edits.split(group, copies), example, outputs(model, example), "split")
+            model.load_state_dict(state)
+
+
+def _try(
+    model: nn.Module, graph: ChannelGraph, edit: Edit, example: Example, reference: list[Tensor], kind: str
+) -> Check:
+    try:
+        _, undo = apply(model, graph, edit)
+    except Exception as error:
+        return Check(edit.group, kind, float("inf"), f"apply: {type(error).__name__}: {str(error)[:200]}")
+    try:
+        return Check(edit.group, kind, relative_error(reference, outputs(model, example)))
+    except Exception as error:
+        return Check(edit.group, kind, float("inf"), f"{type(error).__name__}: {str(error)[:200]}")
+    finally:
+        undo.restore()

@@ -1,0 +1,126 @@
+"""Keep the integer attributes of modules true to their tensors: ``out_features``, ``groups``, ``num_heads``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from weightfold.graph.edit import Edit
+from weightfold.graph.group import ChannelGroup
+
+Change = tuple[Any, str, Any]
+"""(owner, attribute, value before)."""
+
+_SIZES: dict[str, tuple[str, int]] = {
+    "out_features": ("weight", 0),
+    "in_features": ("weight", 1),
+    "num_features": ("weight", 0),
+    "num_channels": ("weight", 0),
+    "embedding_dim": ("weight", 1),
+    "num_embeddings": ("weight", 0),
+    "nf": ("weight", 1),
+    "nx": ("weight", 0),
+}
+_RECURRENT = {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 0), "proj_size": ("weight_hr_l0", 0)}
+_CELL = {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)}
+
+
+def _set(owner: Any, name: str, value: Any, changes: list[Change]) -> None:
+    if getattr(owner, name) != value:
+        changes.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+
+def _shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
+    tensor = getattr(module, leaf, None)
+    if tensor is None and leaf == "weight":
+        tensor = getattr(module, "running_mean", None)
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
+
+def _sync_module(module: nn.Module, blocks: bool, rows_before: int | None, changes: list[Change]) -> None:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        _sync_conv(module, blocks, rows_before, changes)
+        return
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        for name, (leaf, dim) in (_RECURRENT if isinstance(module, nn.RNNBase) else _CELL).items():
+            shape = _shape(module, leaf)
+            if shape is not None:
+                gates = {"LSTM": 4, "GRU": 3}.get(getattr(module, "mode", ""), 1) if leaf == "weight_hh_l0" else 1
+                _set(module, name, shape[dim] // gates, changes)
+        return
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        shape = _shape(module, "weight")
+        if shape is not None:
+            _set(module, "normalized_shape", shape, changes)
+        return
+    for name, (leaf, dim) in _SIZES.items():
+        shape = _shape(module, leaf)
+        if shape is not None and dim < len(shape) and isinstance(getattr(module, name, None), int):
+            _set(module, name, shape[dim], changes)
+
+
+def _sync_conv(conv: Any, blocks: bool, rows_before: int | None, changes: list[Change]) -> None:
+    shape = tuple(conv.weight.shape)
+    depthwise = conv.groups > 1 and shape[1] == 1
+    if conv.groups > 1 and rows_before and (blocks or depthwise):
+        _set(conv, "groups", conv.groups * shape[0] // rows_before, changes)
+    out, into = (1, 0) if conv.transposed else (0, 1)
+    _set(conv, "out_channels", shape[out] * (conv.groups if conv.transposed else 1), changes)
+    _set(conv, "in_channels", shape[into] * (1 if conv.transposed else conv.groups), changes)
+
+
+def owner_of(model: nn.Module, tensor: str) -> nn.Module:
+    """The module whose sizes a tensor sets; the original module behind a parametrization."""
+    path = tensor.rpartition(".")[0]
+    return model.get_submodule(path.split(".parametrizations.")[0] if ".parametrizations." in path else _strip(path))
+
+
+def _strip(path: str) -> str:
+    return "" if path.startswith("parametrizations.") else path
+
+
+def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequence[str]) -> list[Change]:
+    """Set the attributes of every module that owns an edited tensor, and those in the group's own plan.
+
+    Returns:
+        The values before, for undoing.
+    """
+    changes: list[Change] = []
+    if not edit.resizes:
+        return changes
+    rows = {a.tensor: a.size for a in group.axes if a.dim == 0}
+    owners: dict[int, tuple[nn.Module, str]] = {}
+    for name in names:
+        owner = owner_of(model, name)
+        if id(owner) not in owners or name.endswith("weight"):
+            owners[id(owner)] = (owner, name)
+    for owner, name in owners.values():
+        _sync_module(owner, group.kind == "blocks", rows.get(name), changes)
+    for path, name, factor in group.attributes:
+        set_attribute(model.get_submodule(path), name, edit.n_after * factor, changes)
+    return changes
+
+
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """Read an attribute, possibly of the module's configuration (``config.num_heads``)."""
+    head, _, tail = name.partition(".")
+    value = getattr(module, head)
+    return getattr(value, tail) if tail else value
+
+
+def set_attribute(module: nn.Module, name: str, value: Any, changes: list[Change]) -> None:
+    """Set an attribute; a configuration shared with other modules is copied first."""
+    head, _, tail = name.partition(".")
+    if not tail:
+        if isinstance(getattr(module, head), tuple):
+            value = (value,)
+        _set(module, head, value, changes)
+        return
+    own = copy.copy(getattr(module, head))
+    setattr(own, tail, value)
+    changes.append((module, head, getattr(module, head)))
+    setattr(module, head, own)

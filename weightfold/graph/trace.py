@@ -1,0 +1,299 @@
+"""Trace any `nn.Module` into a `ChannelGraph`.
+
+`torch.export` (non-strict, no decompositions) gives the operators; `rules` say what each does to channels; `build` takes
+the connected components. Nothing of the model is touched: a structural copy that shares its tensors is traced.
+"""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from weightfold.errors import TraceError
+from weightfold.graph import convolution, recurrent, rules
+from weightfold.graph import labels as L
+from weightfold.graph.build import Builder, solve
+from weightfold.graph.group import ChannelGraph
+from weightfold.graph.labels import Store, Value
+
+assert convolution is not None
+assert recurrent is not None
+
+Example = Any
+"""One tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+
+def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that an example stands for."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
+        return example
+    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+
+
+def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> nn.Module:
+    """Copy the modules but not the tensors, and leave hooks behind.
+
+    Args:
+        tensor: what to put in place of each parameter and buffer (the identity shares them; a meta copy costs no memory).
+    """
+    memo: dict[int, Any] = {}
+    for source in (*model.parameters(), *model.buffers()):
+        memo[id(source)] = tensor(source)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"The model '{type(model).__name__}' cannot be copied: {error}",
+            remedy="Keep locks, files and generators out of the module's attributes.",
+        ) from error
+    for module in twin.modules():
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, hooks).clear()
+    return twin
+
+
+def meta_tensor(source: Tensor) -> Tensor:
+    """A tensor without storage of the same kind."""
+    empty = torch.empty_like(source, device="meta")
+    if isinstance(source, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=source.requires_grad)
+    return empty
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's side effects away: RNG state, warnings, the fused attention path, gradients."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        yield
+
+
+def export_program(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
+    """Export a structural copy of a model.
+
+    Raises:
+        TraceError: the forward fails on the example, or branches on data.
+    """
+    args, kwargs = arguments(example)
+    twin = structural_copy(model)
+    config = getattr(twin, "config", None)
+    if getattr(config, "use_cache", None):
+        config.use_cache = False
+    with _quiet():
+        try:
+            return torch.export.export(twin, args, kwargs, strict=False)
+        except Exception as error:
+            raise _explain(model, error) from error
+
+
+def _explain(model: nn.Module, error: Exception) -> TraceError:
+    text = str(error).strip().split("\n")[0][:300]
+    kind = type(error).__name__
+    where = _user_line(error)
+    name = type(model).__name__
+    if "GuardOnDataDependent" in kind or "data-dependent" in str(error).lower() or "DynamicOutputShape" in kind:
+        return TraceError(
+            f"The forward of '{name}' branches on the values of a tensor{where}: {text}",
+            remedy="Move the branch out of the forward, or replace it by torch.where / torch.cond.",
+        )
+    return TraceError(
+        f"The forward of '{name}' fails on the example{where}: {kind}: {text}",
+        remedy="Pass an example with the shapes and types that the model takes in training.",
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    """The last line of user code in a traceback, as " (file:line: code)"."""
+    frame, found = error.__traceback__, ""
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if not re.search(r"[\\/](torch|weightfold)[\\/]", file) and not file.startswith("<"):
+            code = linecache.getline(file, frame.tb_lineno).strip()
+            found = f" ({file}:{frame.tb_lineno}: {code})"
+        frame = frame.tb_next
+    return found
+
+
+def source_line(node: torch.fx.Node) -> str:
+    """Where in the user's code an operator comes from, as " (file:line: code)"."""
+    text = node.meta.get("stack_trace") or ""
+    hits = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', text)
+    if not hits:
+        return ""
+    own = [hit for hit in hits if not re.search(r"[\\/]torch[\\/]", hit[0])]
+    file, line, code = (own or hits)[-1]
+    return f" ({file}:{line}: {code.strip()})"
+
+
+def canonical_names(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Alias -> first name of every parameter and persistent floating buffer, and the tensors by first name."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    transient = {
+        f"{path}.{leaf}" if path else leaf
+        for path, module in model.named_modules()
+        for leaf in module._non_persistent_buffers_set
+    }
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if name in transient or not tensor.is_floating_point():
+            continue
+        aliases[name] = first.setdefault(id(tensor), name)
+        tensors.setdefault(aliases[name], tensor)
+    return aliases, tensors
+
+
+class Interpreter:
+    """Runs an exported program on labels."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.where: list[str] = []
+        self.operators: list[str] = []
+        self.constants: list[float] = []
+
+    def run(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+        env: dict[torch.fx.Node, Any] = {}
+        queue = iter(inputs)
+        for node in module.graph.nodes:
+            self.where.append(source_line(node) if node.op == "call_function" else "")
+            self.store.node = len(self.where) - 1
+            if node.op == "placeholder":
+                env[node] = next(queue)
+            elif node.op == "get_attr":
+                env[node] = getattr(module, str(node.target), None)
+                if isinstance(env[node], Tensor):
+                    env[node] = Value(tuple(env[node].shape))
+            elif node.op == "call_function":
+                env[node] = self._call(node, env)
+            elif node.op == "output":
+                out = pytree.tree_map_only(torch.fx.Node, lambda n: env[n], node.args[0])
+                return list(pytree.tree_leaves(out))
+        return []
+
+    def _call(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any:
+        def get(a: Any) -> Any:
+            return pytree.tree_map_only(torch.fx.Node, lambda n: env[n], a)
+
+        args, kwargs = get(list(node.args)), get(dict(node.kwargs))
+        if node.target is rules_getitem:
+            return args[0][args[1]] if isinstance(args[0], (list, tuple)) else args[0]
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return self._higher_order(node, args, kwargs)
+        self.operators.append(str(node.target))
+        self.constants += [float(a) for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, float)]
+        result = rules.apply_rule(self.store, node, args, kwargs)
+        if rules.in_place(node) and node.args:
+            self._written(node, env, args, result)
+        return result
+
+    def _higher_order(self, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """A block under no_grad or autocast runs like the rest; other control flow freezes what it meets."""
+        name = getattr(node.target, "__name__", str(node.target))
+        inner = next((a for a in args if isinstance(a, torch.fx.GraphModule)), None)
+        if inner is not None and name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            at = next(i for i, a in enumerate(args) if a is inner)
+            return self.run(inner, args[at + 1 :])
+        if not any(v.fields for v in rules._flat(args)):
+            return rules.shapes_of(node)
+        return rules.unknown(self.store, node, *args, **kwargs)
+
+    def _written(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], args: list[Any], result: Any) -> None:
+        """An in-place operator changes what later users of its target see."""
+        target = node.args[0]
+        if not isinstance(target, torch.fx.Node) or not isinstance(env.get(target), Value):
+            return
+        env[target] = result
+        base = target
+        while base.op == "call_function" and rules.node_name(base) in rules.MOVES and isinstance(base.args[0], torch.fx.Node):
+            base = base.args[0]
+            old = env.get(base)
+            if not isinstance(old, Value):
+                break
+            unary = len(rules._flat(args)) == 1
+            if unary:
+                for item in old.fields:
+                    self.store.kill(item)
+                env[base] = L.replace(old, fields=tuple(f.without_gauge() for f in old.fields), uniform=False, zero=False)
+            else:
+                for value in (old, *rules._flat(args)):
+                    self.store.freeze(value, "is written in place through a view")
+                env[base] = Value(old.shape)
+
+
+import operator  # noqa: E402
+
+rules_getitem = operator.getitem
+
+
+def trace(model: nn.Module, example: Example) -> ChannelGraph:
+    """Find the channel groups of any module.
+
+    The model, its mode, its buffers and the random state are left alone. Works on `meta` tensors.
+
+    Args:
+        model: any `nn.Module`; parameters may be shared between modules, parametrized, on any device.
+        example: one tensor, a tuple of arguments, or a dict of keyword arguments, of the shapes used in training.
+    Returns:
+        The graph: groups with the edits that each admits, and what is frozen with reason and source line.
+    Raises:
+        TraceError: the forward fails on the example, or branches on the values of a tensor.
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 5))
+        >>> trace(net, torch.zeros(2, 3, 4, 4))["0"].axis("4.weight", 1).index.shape
+        torch.Size([8, 4])
+    """
+    program = export_program(model, example)
+    aliases, tensors = canonical_names(model)
+    store = Store()
+    values = {name: store.seed(name, tensor.shape) for name, tensor in tensors.items()}
+    interpreter = Interpreter(store)
+    outputs = interpreter.run(program.graph_module, _inputs(program, aliases, values))
+    interpreter.where.append("")
+    store.node = len(interpreter.where) - 1
+    for value in outputs:
+        if isinstance(value, Value):
+            store.touch(value)
+            store.freeze(value, "reaches the model's output")
+    builder = Builder(solve(store), interpreter.where)
+    groups = tuple(builder.channel_groups() + builder.block_groups())
+    graph = ChannelGraph(
+        groups,
+        tuple(builder.frozen(groups)),
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {alias: name for alias, name in aliases.items() if alias != name},
+        tuple(interpreter.operators),
+        tuple(interpreter.constants),
+    )
+    graph.validate()
+    return graph
+
+
+def _inputs(program: torch.export.ExportedProgram, aliases: Mapping[str, str], values: Mapping[str, Value]) -> list[Any]:
+    """Values of the program's placeholders: parameters with labels, everything else without."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    inputs = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = aliases.get(str(named.get(node.name, "")))
+        inputs.append(values[name] if name is not None else rules.shapes_of(node))
+    return inputs
