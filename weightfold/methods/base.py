@@ -1,0 +1,92 @@
+"""What a compression method is: it looks, and returns edits. The compressor alone changes the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from weightfold.config import Config
+from weightfold.graph.edit import Edit
+from weightfold.graph.group import ChannelGraph
+
+if TYPE_CHECKING:
+    from weightfold.graph.observe import SecondMoment
+
+Key = tuple[str, int]
+"""(tensor, dimension) of a reading axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """All that a method may look at when it decides.
+
+    Args:
+        step: optimiser steps done so far.
+        total_steps: length of the run; 0 for a one-shot on a trained network.
+        statistics: second moments of what each observed reader reads.
+        example: the example that the model was traced with.
+        generator: the only source of randomness.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    step: int
+    total_steps: int
+    statistics: Mapping[Key, SecondMoment]
+    example: Any
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """An edit, why it is proposed, and how to ask for less of it.
+
+    Args:
+        why: plain data for the ledger: metric, value, threshold, partners, rejected alternatives and the reason.
+        predicted: predicted increase of the loss, in the unit that ``why["unit"]`` names.
+        less: the same proposal with about half of the cut; None when nothing is left to halve.
+    """
+
+    edit: Edit
+    why: dict[str, Any] = field(default_factory=dict)
+    predicted: float | None = None
+    less: Callable[[], Proposal | None] = lambda: None
+
+
+class Method:
+    """Base of every method: a frozen configuration and any of the calls below.
+
+    The file's name is the registered name.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Config]]
+
+    def __init__(self, config: Config | None = None, **settings: Any) -> None:
+        self.config: Any = self.Config(**settings) if config is None else config
+
+    def prepare(self, moment: Moment) -> None:
+        """Look at the network before the first batch; raise what can be found wrong now."""
+
+    def observes(self, step: int, total_steps: int) -> bool:
+        """Whether statistics are to be taken during this step (one-shot: step 0 of 0)."""
+        return False
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the user's loss, differentiable; None for nothing."""
+        return None
+
+    def step(self, moment: Moment) -> list[Proposal]:
+        """Edits to try now; most of the time none."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method needs to go on after a restart, as plain data and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of an interrupted run."""
