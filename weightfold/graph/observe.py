@@ -1,0 +1,258 @@
+"""Second moments of what readers read: hooks on live modules that change nothing and cost little.
+
+A reader (a linear layer, a convolution) sees a channel as one number per sample and position. Its second moment
+E[a aᵀ] is all that least squares needs: which channels are combinations of others, and at what error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from weightfold.errors import DataError, GraphError
+from weightfold.graph.group import Axis, ChannelGraph
+
+Key = tuple[str, int]
+"""(tensor, dimension) of a reading axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """First and second moments of channels, over samples and positions.
+
+    Args:
+        count: samples seen.
+        mean_C: E[a], shape (C,), float64.
+        second_CC: E[a aᵀ], shape (C, C), float64.
+        place_C: first position of each channel along the reader's axis, ascending, shape (C,), int64.
+
+    Example:
+        >>> moment = SecondMoment.of_samples(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+        >>> moment.mean_C, moment.covariance()[0]
+        (tensor([2., 1.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
+    """
+
+    count: int
+    mean_C: Tensor
+    second_CC: Tensor
+    place_C: Tensor
+
+    @classmethod
+    def of_samples(cls, samples_NC: Tensor) -> Self:
+        """Measure samples, shape (N, C): products in the samples' type about their mean, everything else in float64."""
+        mean_C = samples_NC.mean(0)
+        centred_NC = samples_NC - mean_C
+        n, mean_C = len(samples_NC), mean_C.double()
+        second_CC = (centred_NC.T @ centred_NC).double() / n + torch.outer(mean_C, mean_C)
+        return cls(n, mean_C, second_CC, torch.arange(samples_NC.shape[1], device=samples_NC.device))
+
+    @property
+    def n_channels(self) -> int:
+        return self.mean_C.numel()
+
+    def second(self) -> Tensor:
+        """E[a aᵀ], shape (C, C): for readers without an intercept."""
+        return self.second_CC
+
+    def covariance(self) -> Tensor:
+        """E[(a - E a)(a - E a)ᵀ], shape (C, C): for readers whose bias can take up the mean."""
+        return self.second_CC - torch.outer(self.mean_C, self.mean_C)
+
+    def merge(self, other: SecondMoment) -> SecondMoment:
+        """The moments of both sets of samples together."""
+        if not torch.equal(self.place_C, other.place_C):
+            raise GraphError("Moments of different channels cannot be merged.", remedy="Observe one graph at a time.")
+        n = self.count + other.count
+        share = other.count / max(n, 1)
+        mean_C = torch.lerp(self.mean_C, other.mean_C, share)
+        return SecondMoment(n, mean_C, torch.lerp(self.second_CC, other.second_CC, share), self.place_C)
+
+    def of(self, axis: Axis) -> SecondMoment:
+        """The channels of one group, in the group's order; a channel that this axis does not hold is zero.
+
+        Raises:
+            GraphError: the axis has positions that were not observed.
+        """
+        far = torch.iinfo(torch.int64).max
+        first_C = torch.where(axis.index >= 0, axis.index, far).min(1).values
+        have_C = first_C < far
+        row_C = torch.searchsorted(self.place_C, first_C).clamp_max(self.n_channels - 1)
+        if not torch.equal(self.place_C[row_C[have_C]], first_C[have_C]):
+            raise GraphError(
+                f"The statistics of '{axis.tensor}' belong to other channels than the graph's.",
+                remedy="Observe again after an edit.",
+            )
+        mask_C = have_C.double()
+        second_CC = self.second_CC[row_C][:, row_C] * torch.outer(mask_C, mask_C)
+        return SecondMoment(self.count, self.mean_C[row_C] * mask_C, second_CC, torch.where(have_C, first_C, -1))
+
+    def to_state(self) -> dict[str, Tensor]:
+        """The moments as named tensors, for checkpoints."""
+        return {
+            "count": torch.tensor(self.count),
+            "mean_C": self.mean_C,
+            "second_CC": self.second_CC,
+            "place_C": self.place_C,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Read back what `to_state` wrote."""
+        return cls(int(state["count"]), state["mean_C"], state["second_CC"], state["place_C"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Tap:
+    """What to take from the input of a module: the positions (C, M) of each channel along dimension ``dim``."""
+
+    key: Key
+    path: str
+    dim: int
+    index_CM: Tensor
+
+    def samples(self, x: Tensor, limit: int | None) -> Tensor:
+        """One row per sample, position and slot, shape (N, C), float32 or float64."""
+        rows = x.movedim(self.dim, -1)
+        n_channels, slots = self.index_CM.shape
+        rows = _strided(rows, None if limit is None else max(1, limit // slots))
+        rows = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if slots == 1 and n_channels == rows.shape[1] and int(self.index_CM.min()) >= 0:
+            return rows
+        index = self.index_CM.T.reshape(-1).to(x.device)
+        taken = rows[:, index.clamp_min(0)] * (index >= 0)
+        return taken.reshape(-1, n_channels)
+
+
+def _strided(x: Tensor, limit: int | None) -> Tensor:
+    """At most about ``limit`` rows of x (..., F), a fixed step apart that shares no factor with their number."""
+    n = math.prod(x.shape[:-1])
+    if limit is None or n <= limit:
+        return x.reshape(n, x.shape[-1])
+    step = -(-n // limit)
+    while math.gcd(step, n) > 1:
+        step += 1
+    picked = torch.arange(0, n, step, device=x.device)
+    return x[torch.unravel_index(picked, x.shape[:-1])]
+
+
+def taps(graph: ChannelGraph, group_names: Collection[str] | None = None) -> list[_Tap]:
+    """Where the readers of the named groups (all by default) can be observed, one tap per axis.
+
+    Groups that share an axis, as those of a residual stream can, share its tap.
+    """
+    found: dict[Key, list[Axis]] = {}
+    wanted = graph.groups if group_names is None else [graph[name] for name in group_names]
+    for group in wanted:
+        for axis in group.role("read"):
+            if axis.tap is not None and group.kind == "channels":
+                found.setdefault(axis.key, []).append(axis)
+    return [_Tap(key, *_place(axes), _union(axes)) for key, axes in found.items()]
+
+
+def _place(axes: list[Axis]) -> tuple[str, int]:
+    tap = axes[0].tap
+    assert tap is not None
+    return tap
+
+
+def _union(axes: list[Axis]) -> Tensor:
+    """The positions of all channels on an axis, by first position, shape (C, M), -1 where there is none."""
+    slots = max(axis.index.shape[1] for axis in axes)
+    padded = [nn.functional.pad(axis.index, (0, slots - axis.index.shape[1]), value=-1) for axis in axes]
+    index_CM = torch.cat(padded)
+    index_CM = index_CM[(index_CM >= 0).any(1)]
+    far = torch.where(index_CM >= 0, index_CM, torch.iinfo(torch.int64).max)
+    return index_CM[torch.argsort(far.min(1).values)]
+
+
+class Observer:
+    """Collects second moments at the readers while the model runs; hooks stand only inside ``with``.
+
+    Outputs, gradients and random state stay as they are. It may be entered again and goes on counting.
+
+    Args:
+        model: the traced module.
+        graph: its channel graph.
+        group_names: whose readers to watch; all by default.
+        max_samples_per_batch: of more samples and positions in one call, an evenly spaced part is used; None: all.
+
+    Example:
+        >>> import weightfold as wf
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> observer = Observer(net, wf.trace(net, torch.zeros(1, 4)))
+        >>> with observer:
+        ...     _ = net(torch.randn(100, 4))
+        >>> moment = observer.statistics()["2.weight", 1]
+        >>> moment.count, moment.second().shape
+        (100, torch.Size([8, 8]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        group_names: Collection[str] | None = None,
+        *,
+        max_samples_per_batch: int | None = 4096,
+    ) -> None:
+        self.model = model
+        self.limit = max_samples_per_batch
+        self._taps = taps(graph, group_names)
+        self._moments: dict[Key, SecondMoment] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for tap in self._taps:
+            module = self.model.get_submodule(tap.path)
+            self._handles.append(module.register_forward_pre_hook(self._hook(tap), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def statistics(self) -> dict[Key, SecondMoment]:
+        """The moments so far, on the CPU, by reading axis; axes that nothing passed are left out.
+
+        Raises:
+            DataError: a module was given NaN or infinite numbers.
+        """
+        out = {}
+        for tap in self._taps:
+            moment = self._moments.get(tap.key)
+            if moment is not None:
+                out[tap.key] = _on_cpu(moment, tap)
+        return out
+
+    def _hook(self, tap: _Tap) -> Any:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            if x is not None and x.numel():
+                self._add(tap, x.detach())
+
+        return observe
+
+    @torch.no_grad()
+    def _add(self, tap: _Tap, x: Tensor) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            samples_NC = tap.samples(x, self.limit)
+            moment = SecondMoment.of_samples(samples_NC)
+        before = self._moments.get(tap.key)
+        self._moments[tap.key] = moment if before is None else before.merge(moment)
+
+
+def _on_cpu(moment: SecondMoment, tap: _Tap) -> SecondMoment:
+    mean_C, second_CC = moment.mean_C.cpu(), moment.second_CC.cpu()
+    if not bool(torch.isfinite(second_CC).all() & torch.isfinite(mean_C).all()):
+        raise DataError(
+            f"The input of '{tap.path}' is not finite: its second moment holds NaN or infinite numbers.",
+            remedy="Check the data and the loss; lower the learning rate if the run diverged.",
+        )
+    far = torch.where(tap.index_CM >= 0, tap.index_CM, torch.iinfo(torch.int64).max)
+    return SecondMoment(moment.count, mean_C, second_CC, far.min(1).values)
