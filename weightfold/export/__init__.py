@@ -1,0 +1,9 @@
+"""Saved models and files for other runtimes, each loaded back and compared before it gets its name."""
+
+from weightfold.export.blueprint import Blueprint
+from weightfold.export.check import Exported
+from weightfold.export.saved import load, save_model
+from weightfold.export.source import Source
+from weightfold.export.targets import TARGETS, export
+
+__all__ = ["TARGETS", "Blueprint", "Exported", "Source", "export", "load", "save_model"]

@@ -1,0 +1,165 @@
+"""Save a model with what is needed to rebuild it, and rebuild it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from weightfold import __version__
+from weightfold.artifact import Builder, Input, Structure, read_structure, write_bytes, write_json
+from weightfold.artifact.format import check_tensors, to_metadata
+from weightfold.artifact.header import fingerprint
+from weightfold.data import load_weights_
+from weightfold.errors import ArtifactError, ConfigError
+from weightfold.export.blueprint import Blueprint, rebuild_, state_tensors
+from weightfold.models import TaskSpec, build
+
+STRUCTURE_FILE = "structure.json"
+
+
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    before: Blueprint,
+    builder: Builder,
+    inputs: Sequence[Input] = (),
+    ledger_head: str | None = None,
+) -> Structure:
+    """Write a model as one safetensors file, at one stroke.
+
+    Args:
+        model: the module to save.
+        path: the file, replaced if it exists.
+        before: the blueprint of the same module before any edit.
+        builder: how that module is made.
+        inputs: an example of what the model takes.
+        ledger_head: hash of the last entry of the run's ledger.
+    Returns:
+        structure: what the metadata of the file says.
+    Raises:
+        ArtifactError: the file cannot be written; nothing is left behind.
+    """
+    now = Blueprint.of(model)
+    sizes, attributes = before.changes_to(now)
+    tensors = _stored(model, now.aliases)
+    structure = Structure(
+        builder=builder,
+        sizes=sizes,
+        attributes=attributes,
+        aliases=dict(now.aliases),
+        inputs=tuple(inputs),
+        ledger_head=ledger_head,
+        fingerprint=fingerprint_of(tensors),
+        versions={"weightfold": __version__, "torch": torch.__version__},
+    )
+    write_bytes(Path(path), save(tensors, metadata=to_metadata(structure)))
+    return structure
+
+
+def write_structure(structure: Structure, folder: Path) -> None:
+    """Write `structure.json` beside a saved model."""
+    write_json(folder / STRUCTURE_FILE, structure.model_dump(mode="json"))
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a model that weightfold saved, with the shapes that it had then.
+
+    Args:
+        path: `model.safetensors`, or the folder of a run that holds one.
+        model: for a model that is not built in: an instance as it was made before any edit. It is changed in place.
+    Returns:
+        model: on the CPU, in evaluation mode.
+    Raises:
+        ArtifactError: the file is missing, corrupt, foreign, or does not fit the model; names the tensor and both shapes.
+        ConfigError: the model is of the user's own class, and none was passed.
+    Example:
+        >>> import tempfile
+        >>> from weightfold.models import build, TableInput, Classes
+        >>> task = TaskSpec(input=TableInput(n_features=3), output=Classes(n=2))
+        >>> net = build("mlp", task, hidden=(5,))
+        >>> builder = Builder(kind="built-in", name="mlp", task=task.model_dump(), overrides={"hidden": (5,)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_model(net, f"{folder}/model.safetensors", before=Blueprint.of(net), builder=builder)
+        ...     twin = load(folder)
+        >>> torch.equal(twin.head.weight, net.head.weight)
+        True
+    """
+    file = model_file(path)
+    structure, header = read_structure(file)
+    check_tensors(structure, header, file)
+    if fingerprint(file, header) != structure.fingerprint:
+        raise ArtifactError(
+            f"The tensors in '{file}' do not have the fingerprint that its metadata gives: they were changed.",
+            remedy="Copy or write it again.",
+        )
+    made = _make(structure.builder, file) if model is None else model
+    rebuild_(made, structure, str(file))
+    load_weights_(made, file)
+    return made.eval()
+
+
+def model_file(path: str | Path) -> Path:
+    """Find the model's file in a run folder, or take the file itself."""
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def fingerprint_of(tensors: dict[str, Tensor]) -> str:
+    """Hash tensors in memory as `weightfold.artifact.header.fingerprint` hashes them in a file.
+
+    Example:
+        >>> fingerprint_of({"w": torch.zeros(2)})[:8]
+        '50788702'
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(repr((name, _dtype_name(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash all tensors of a module's state, each once."""
+    return fingerprint_of(_stored(model, Blueprint.of(model).aliases))
+
+
+def _stored(model: nn.Module, aliases: dict[str, str] | object) -> dict[str, Tensor]:
+    skipped = set(aliases) if isinstance(aliases, dict) else set()
+    tensors = state_tensors(model)
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items() if name not in skipped}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPE_NAMES[dtype]
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+def _make(builder: Builder, file: Path) -> nn.Module:
+    if builder.kind == "built-in":
+        task = TaskSpec.model_validate(builder.task)
+        return build(builder.name, task, **builder.overrides)
+    raise ConfigError(
+        f"'{file}' holds a model made by '{builder.name}': code that is not run because a file names it.",
+        remedy="Make the model as it was before any edit and pass it along (model=..., on the command line --model).",
+    )
