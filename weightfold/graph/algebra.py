@@ -25,6 +25,7 @@ from weightfold.graph.labels import (
     Value,
     combine_labels,
     compress,
+    kept,
     pair_fields,
 )
 
@@ -45,9 +46,7 @@ def _check_varying(
     for item in value.fields:
         bad = frozenset(d for d in item.support if other.varies(d) and d not in covered)
         if bad:
-            store.forbid(value, item, bad, FROZEN, FIXED)
-            if bad & ends:
-                store.kill(item)
+            store.forbid(value, item, bad, FROZEN, FIXED, gauge=not bad & ends)
 
 
 def _check_codes(store: Store, value: Value, item: Field, mine: Tensor, theirs: Tensor) -> None:
@@ -55,7 +54,7 @@ def _check_codes(store: Store, value: Value, item: Field, mine: Tensor, theirs: 
     mine, theirs = torch.broadcast_tensors(mine, theirs)
     lost = mine[(mine > 0) & (theirs == 0)]
     if lost.numel():
-        store.forbid(value, replace(item, labels=lost), item.support, FROZEN, FIXED)
+        store.forbid(value, replace(item, labels=lost), item.support, FROZEN, FIXED, gauge=True)
 
 
 def _gauge_add(store: Store, a: Field, b: Field) -> tuple[Tensor, Tensor]:
@@ -161,7 +160,7 @@ def merge_along(store: Store, item: Field, dims: frozenset[int]) -> Field | None
         x, y = torch.broadcast_tensors(getattr(item, kind), getattr(first, kind))
         both = (x != 0) & (y != 0)
         same(x[both], y[both])
-    return compress(first)
+    return next(iter(kept(store, first)), None)
 
 
 def _covered(value: Value, item: Field, dims: frozenset[int]) -> bool:
@@ -259,7 +258,6 @@ def _meet_and_read(
                 fields.append(item)
             elif item.level == 0:
                 store.forbid(owner, item, item.support, FROZEN, FIXED)
-                store.kill(item)
     return Value(broadcast_shape((left, right)), tuple(fields))
 
 
@@ -301,10 +299,7 @@ def moved(store: Store, value: Value, shape: tuple[int, ...], function: Callable
     """Run a data movement on the labels; the function takes and returns arrays of the value's full shape."""
     fields = []
     for item in value.fields:
-        full = item.map(lambda array: function(array.expand(value.shape)))
-        small = compress(full)
-        if small is not None:
-            fields.append(small)
+        fields += kept(store, item.map(lambda array: function(array.expand(value.shape))))
     return replace(value, shape=shape, fields=tuple(fields), name=None)
 
 

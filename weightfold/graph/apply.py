@@ -24,18 +24,20 @@ Companion = nn.Module | MutableMapping[str, Tensor]
 class Undo:
     """Everything an edit replaced. `restore` puts it back bit for bit."""
 
-    tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    tensors: list[tuple[nn.Module, nn.Module, str, Tensor, tuple[torch.optim.Optimizer, ...]]] = field(
+        default_factory=list
+    )
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     mappings: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = field(default_factory=list)
-    optimizer: list[tuple[torch.optim.Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
+    optimizer: list[tuple[torch.optim.Optimizer, nn.Module, str, dict[str, Any]]] = field(default_factory=list)
     reset: list[str] = field(default_factory=list)
 
     def restore(self) -> None:
         """Put everything back."""
-        for optimizer, parameter, state in reversed(self.optimizer):
-            optimizer.state[parameter] = state
-        for owner, name, old in reversed(self.tensors):
-            put_tensor(owner, name, old, [entry[0] for entry in self.optimizer])
+        for model, owner, leaf, old, optimizers in reversed(self.tensors):
+            put_tensor(model, owner, leaf, old, optimizers)
+        for optimizer, model, name, state in reversed(self.optimizer):
+            optimizer.state[find_tensor(model, name)[2]] = state
         for mapping, name, old in reversed(self.mappings):
             mapping[name] = old
         for owner, name, value in reversed(self.attributes):
@@ -54,11 +56,14 @@ def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
         ) from error
 
 
-def put_tensor(owner: nn.Module, leaf: str, new: Tensor, optimizers: Iterable[torch.optim.Optimizer] = ()) -> Tensor:
+def put_tensor(
+    model: nn.Module, owner: nn.Module, leaf: str, new: Tensor, optimizers: Iterable[torch.optim.Optimizer] = ()
+) -> Tensor:
     """Put a tensor in place of another so that ties, hooks and optimisers follow; return what stood there.
 
-    The two swap identities, so every reference to the old object now sees the new contents. Where PyTorch holds weak
-    references (recurrent layers), the module's and the optimiser's references are replaced instead.
+    The two swap identities where PyTorch allows it, so that every reference to the old object sees the new contents.
+    Where it does not (recurrent layers keep weak references, an old graph may still hold the tensor), every reference in
+    the model and in the optimisers is replaced.
     """
     old = getattr(owner, leaf)
     old.grad = None
@@ -70,7 +75,10 @@ def put_tensor(owner: nn.Module, leaf: str, new: Tensor, optimizers: Iterable[to
             return new
         except RuntimeError:
             pass
-    setattr(owner, leaf, new)
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is old:
+                setattr(module, name, new)
     for optimizer in {id(o): o for o in optimizers}.values():
         for params in (g["params"] for g in optimizer.param_groups):
             params[:] = [new if p is old else p for p in params]
@@ -227,13 +235,12 @@ def _apply_to(
     for name, value in values.items():
         owner, leaf, old = found[name]
         for optimizer, state in states.get(name, []):
-            undo.optimizer.append((optimizer, old, optimizer.state[old]))
+            undo.optimizer.append((optimizer, module, name, optimizer.state[old]))
             if state is None:
                 undo.reset.append(name)
-                optimizer.state[old] = {}
-            else:
-                optimizer.state[old] = state
-        undo.tensors.append((owner, leaf, put_tensor(owner, leaf, value, optimizers)))
+            optimizer.state[old] = {} if state is None else state
+        before = put_tensor(module, owner, leaf, value, optimizers)
+        undo.tensors.append((module, owner, leaf, before, tuple(optimizers)))
     undo.attributes += sync_sizes(module, group, edit, names)
 
 

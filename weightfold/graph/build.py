@@ -201,14 +201,18 @@ def _grids(facts: Facts) -> tuple[list[list[Ints]], Ints]:
         array = array.squeeze()
         if array.ndim < 2:
             continue
-        lines = np.unique(np.sort(array.reshape(-1, array.shape[-1]), axis=1), axis=0)
+        if (array < 0).any():
+            broken.append(np.unique(array[array >= 0]))
+            continue
+        lines = list({tuple(np.unique(line).tolist()) for line in array.reshape(-1, array.shape[-1])})
+        lines.sort()
         if len(lines) < 2:
             continue
-        flat = lines[lines >= 0]
-        if (lines < 0).any() or len(np.unique(flat)) != len(flat):
+        flat = np.array([c for line in lines for c in line], dtype=np.int64)
+        if len(np.unique(flat)) != len(flat):
             broken.append(np.unique(flat))
             continue
-        families.append(list(lines))
+        families.append([np.array(line, dtype=np.int64) for line in lines])
     bad = np.unique(np.concatenate(broken)) if broken else np.zeros(0, np.int64)
     return families, bad
 
@@ -224,7 +228,7 @@ def _reason(facts: Facts, comps: Ints, bits: int, where: Sequence[str]) -> str:
                     best = event
                     break
     if best is None:
-        return "not admitted"
+        return "is laid out in a grid whose lines overlap"
     _, _, node, text = facts.store.flags[best]
     return f"{text}{where[node]}" if text else f"is part of a layout that cannot change{where[node]}"
 
@@ -297,7 +301,7 @@ class Builder:
         facts, base = self.facts, self.facts.base
         comps_in_order = base.comp[rows[np.lexsort((base.pos[rows], base.seed[rows]))]]
         comps = np.array(list(dict.fromkeys(comps_in_order.tolist())), dtype=np.int64)
-        fixed = (facts.comp_flags[comps] & (L.FROZEN | L.FROZEN_IN)) != 0
+        fixed = ((facts.comp_flags[comps] & (L.FROZEN | L.FROZEN_IN)) != 0) | np.isin(comps, bad)
         gaugeable = self._any_gauge(rows)
         if fixed.all() and not gaugeable:
             return None
@@ -329,7 +333,7 @@ class Builder:
             self._revoke(
                 admits, reasons, "merge", comps, L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN
             )
-        if "remove" in admits and (fixed.any() or not even or np.isin(comps, bad).any()):
+        if "remove" in admits and (fixed.any() or not even):
             text = "shares a layout with channels that are frozen, or whose blocks differ in size"
             admits -= {"remove", "merge"}
             reasons |= {"remove": text, "merge": text}
@@ -438,10 +442,12 @@ class Builder:
         block_of_atom = owner[facts.plain[base.atom]]
         direct = np.isin(base.comp, roots)
         block_of_atom[direct] = base.comp[direct]
-        rows = np.flatnonzero(block_of_atom >= 0)
+        problem = self._slab_problem(len(roots), block_of_atom)
+        slabbed = np.array([seed.slabs > 1 for seed in facts.store.seeds])[base.seed]
+        rows = np.flatnonzero((block_of_atom >= 0) & ~slabbed)
         if not len(rows):
             return None
-        problem = self._block_problem(roots, rows, block_of_atom)
+        problem = problem or self._block_problem(roots, rows, block_of_atom)
         order = np.lexsort((base.pos[rows], base.seed[rows]))
         ordered = np.array(list(dict.fromkeys(block_of_atom[rows[order]].tolist())))
         number = np.full(facts.n_comps, -1, np.int64)
@@ -476,6 +482,19 @@ class Builder:
             modules=self._modules(rows),
             zero_at_zero=not flags & L.OFFSET,
         )
+
+    def _slab_problem(self, n_blocks: int, block_of_atom: Ints) -> bool:
+        """Whether the blocks cut through the slabs of a grouped convolution: its slabs must be these very blocks."""
+        base = self.facts.base
+        for seed_id, seed in enumerate(self.facts.store.seeds):
+            if seed.slabs < 2:
+                continue
+            mine = (base.seed == seed_id) & (block_of_atom >= 0)
+            if mine.any():
+                pairs = np.unique(np.stack([base.pos[mine] // (seed.n // seed.slabs), block_of_atom[mine]]), axis=1)
+                if n_blocks != seed.slabs or pairs.shape[1] != seed.slabs:
+                    return True
+        return False
 
     def _block_problem(self, roots: Ints, rows: Ints, block_of_atom: Ints) -> bool:
         """Whether a channel inside the blocks has a part that is in no block and not shared by all of them."""

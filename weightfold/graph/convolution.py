@@ -28,6 +28,7 @@ def _flat_input(store: Store, x: Value) -> Value:
                 fields.append(merged.without_gauge())
         else:
             store.flag(item.labels, FROZEN, "varies over space under a convolution")
+            store.kill(item)
     keep = tuple(f.map(lambda a: a.reshape(a.shape[:2])) for f in fields)
     return replace(x, shape=x.shape[:2], fields=keep)
 

@@ -56,13 +56,15 @@ def float64() -> Iterator[None]:
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """All floating tensors that the model returns."""
     args, kwargs = arguments(example)
-    leaves = pytree.tree_leaves(model(*args, **kwargs))
-    out = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return out or [leaf for leaf in pytree.tree_leaves(_open(model(*args, **kwargs))) if isinstance(leaf, Tensor)]
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(_open(model(*args, **kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _open(value: Any) -> Any:
-    return {k: _open(v) for k, v in vars(value).items()} if hasattr(value, "__dict__") else value
+    """Look into plain objects that are no registered containers."""
+    plain = hasattr(value, "__dict__") and not isinstance(value, (Tensor, dict, list, tuple))
+    return {k: _open(v) for k, v in vars(value).items()} if plain else value
 
 
 def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
@@ -187,7 +189,7 @@ def _planted(
         dead = _one_per_block(group, generator, 1)
         kinds = [k for k in (True, False) if group.zero_at_zero or not k]
         for silent in kinds if dead else []:
-            if not silent and not group.role("read"):
+            if not silent and (not group.role("read") or group.role("both")):
                 continue
             plant_dead(model, group, dead[0], silent=silent)
             keep = torch.ones(group.n_channels, dtype=torch.bool)

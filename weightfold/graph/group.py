@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class ChannelGroup:
     reasons: Mapping[str, str]
     gauges: tuple[Gauge, ...] = ()
     modules: tuple[str, ...] = ()
-    attributes: tuple[tuple[str, str, int], ...] = ()
+    attributes: tuple[tuple[str, str, Fraction], ...] = ()
     zero_at_zero: bool = True
 
     @property

@@ -102,6 +102,16 @@ def compress(item: Field) -> Field | None:
     return Field(*keep, item.level)
 
 
+def kept(store: Store, item: Field) -> list[Field]:
+    """Compress the labels that a movement left over. A channel picked out alone has a part of its own to play."""
+    small = compress(item)
+    if small is not None:
+        return [small]
+    store.flag(item.labels, FROZEN, "is picked out alone")
+    store.kill(item)
+    return []
+
+
 @dataclass(frozen=True)
 class Seed:
     """Where a run of atoms stands: dimension ``dim`` of ``tensor``, atoms ``start`` to ``start + n``.
@@ -215,11 +225,16 @@ class Store:
         if atoms.numel():
             self.flags.append((atoms, bit, self.node, reason))
 
-    def forbid(self, value: Value, item: Field, dims: frozenset[int], bit: int, reason: str) -> None:
+    def forbid(
+        self, value: Value, item: Field, dims: frozenset[int], bit: int, reason: str, *, gauge: bool = False
+    ) -> None:
         """Forbid something for a field because of what happens along ``dims``.
 
-        Whole blocks stay free when the value has blocks and none of them varies along those dimensions.
+        Whole blocks stay free when the value has blocks and none of them varies along those dimensions. What is frozen
+        cannot be rescaled either, unless ``gauge`` says so.
         """
+        if bit == FROZEN and not gauge:
+            self.kill(item)
         if item.level == 0 and any(not (block.support & dims) for block in value.blocks()):
             bit = INNER[bit]
         self.flag(item.labels, bit, reason)

@@ -122,6 +122,7 @@ def _recurrent(kind: str) -> Any:
         if any(s.fields or not s.uniform for s in states):
             for out in outs:
                 store.flag(out.labels, FROZEN, "starts from a given hidden state")
+            store.kill(out)
             for s in states:
                 store.freeze(s, "is a hidden state")
         _rects(store, cells, outs)

@@ -30,6 +30,7 @@ from weightfold.graph.labels import (
     Store,
     Value,
     compress,
+    kept,
 )
 
 Rule = Callable[..., Any]
@@ -119,8 +120,7 @@ def along(store: Store, node: torch.fx.Node, x: Value, dim: int, args: tuple, kw
             return out if index is None else out[index]
 
         if dim in item.support:
-            small = compress(item.map(run))
-            fields += [small] if small is not None else []
+            fields += kept(store, item.map(run))
         else:
             fields.append(item.map(lambda array: array.squeeze(dim)) if gone else item)
     return replace(x, shape=shape, fields=tuple(fields), name=None)
@@ -198,10 +198,8 @@ def indexed(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
             high = None
         if high is None or low.labels.shape != torch.Size(shape) or bool((low.labels != high.labels).any()):
             store.forbid(x, item, item.support, FROZEN, "is picked by data")
-            store.kill(item)
             continue
-        small = compress(low)
-        fields += [small] if small is not None else []
+        fields += kept(store, low)
     return Value(shape, tuple(fields), state=x.state)
 
 
@@ -239,6 +237,7 @@ def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field |
         return None
     for extra in (f for fs in found for f in fs[1:]):
         store.flag(extra.labels, FROZEN, "is concatenated in more than one way")
+        store.kill(extra)
     ndim = len(parts[0].shape)
     others = torch.broadcast_shapes(
         *(tuple(1 if i == d else n for i, n in enumerate(fs[0].labels.shape)) for fs in found if fs)
@@ -296,8 +295,7 @@ def pad(store: Store, node: torch.fx.Node, x: Value, pads: Sequence[int], *rest:
         arrays = [
             torch.constant_pad_nd(a.expand(wide), run, value) for a, value in zip(item.arrays(), (code, 0, 0), strict=True)
         ]
-        small = compress(Field(arrays[0], arrays[1], arrays[2], item.level))
-        fields += [small] if small is not None else []
+        fields += kept(store, Field(arrays[0], arrays[1], arrays[2], item.level))
     return Value(shape, tuple(fields), state=x.state, zero=x.zero and code == ZERO, uniform=x.zero and code == ZERO)
 
 
@@ -513,7 +511,6 @@ def ordered(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
     for item in x.fields:
         if dim in item.support:
             store.forbid(x, item, frozenset({dim}), FROZEN, f"is ordered by '{name}'")
-            store.kill(item)
         else:
             fields.append(item if name == "cumsum" else _dead(store, item))
     val = node.meta["val"]
@@ -537,11 +534,8 @@ def _affine(store: Store, x: Value, dim: int, weight: Value | None, bias: Value 
 
 @rule("batch_norm", "_batch_norm_impl_index", "cudnn_batch_norm", "native_batch_norm", "instance_norm")
 def batch_norm(store: Store, node: torch.fx.Node, x: Value, weight: Any, bias: Any, mean: Any, var: Any, *_: Any) -> Any:
-    if node_name(node) == "instance_norm":
-        spatial = frozenset(range(2, len(x.shape)))
-        for item in x.fields:
-            if item.support & spatial:
-                store.forbid(x, item, spatial, FROZEN, "varies over space under an instance norm")
+    others = frozenset(d for d in range(len(x.shape)) if d != 1)
+    x = algebra.reduce(store, x, others, NO_MERGE | NO_REMOVE, NORMALISED, keep=True)
     for buffer in (mean, var):
         if buffer is not None:
             shape = tuple(buffer.shape[0] if d == 1 else 1 for d in range(len(x.shape)))
@@ -594,7 +588,6 @@ def _spatial(store: Store, x: Value, n: int, name: str) -> tuple[Field, ...]:
     for item in x.fields:
         if item.support & dims:
             store.forbid(x, item, item.support & dims, FROZEN, f"varies over space under '{name}'")
-            store.kill(item)
         else:
             fields.append(item)
     return tuple(fields)

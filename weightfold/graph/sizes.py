@@ -57,6 +57,8 @@ def _sync_module(module: nn.Module, blocks: bool, rows_before: int | None, chang
         if shape is not None:
             _set(module, "normalized_shape", shape, changes)
         return
+    if isinstance(module, nn.GroupNorm) and blocks and rows_before:
+        _set(module, "num_groups", module.num_groups * module.weight.shape[0] // rows_before, changes)
     for name, (leaf, dim) in _SIZES.items():
         shape = _shape(module, leaf)
         if shape is not None and dim < len(shape) and isinstance(getattr(module, name, None), int):
@@ -101,7 +103,7 @@ def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequenc
     for owner, name in owners.values():
         _sync_module(owner, group.kind == "blocks", rows.get(name), changes)
     for path, name, factor in group.attributes:
-        set_attribute(model.get_submodule(path), name, edit.n_after * factor, changes)
+        set_attribute(model.get_submodule(path), name, int(edit.n_after * factor), changes)
     return changes
 
 

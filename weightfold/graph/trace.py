@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,12 +73,16 @@ def meta_tensor(source: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the tracer's side effects away: RNG state, warnings, the fused attention path, gradients."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
@@ -95,7 +100,7 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
     config = getattr(twin, "config", None)
     if getattr(config, "use_cache", None):
         config.use_cache = False
-    with _quiet():
+    with quiet():
         try:
             return torch.export.export(twin, args, kwargs, strict=False)
         except Exception as error:
