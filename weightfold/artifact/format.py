@@ -1,10 +1,10 @@
-"""The layout of a saved model: one safetensors file whose metadata tells how to build the module that holds its tensors.
+"""The layout of a saved model: one safetensors file whose metadata tells how to build the module for its tensors.
 
 The metadata of `model.safetensors` holds two texts: `weightfold`, the `Structure` below as JSON, and `ledger`, the head
 of the ledger of the run that made it. `structure.json` beside it repeats the structure for people and scripts.
 
-A model whose channels were folded is the model that its builder makes, with some tensors of other shapes and some integer
-attributes of other values. Only these differences are stored; the code stays where it is.
+A model whose channels were folded is the model that its builder makes, with some tensors of other shapes and some
+integer attributes of other values. Only these differences are stored; the code stays where it is.
 """
 
 from __future__ import annotations

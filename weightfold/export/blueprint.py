@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from weightfold.artifact.format import Attribute, Resized, Shape, Structure, Value, differences
 from weightfold.errors import ArtifactError
-from weightfold.graph.apply import put_tensor
 
 Place = tuple[str, str]
 """(path of a module, attribute)."""
@@ -98,12 +98,21 @@ def _resize(model: nn.Module, tensors: Mapping[str, Tensor], name: str, resized:
         return
     if tuple(old.shape) != resized.before:
         raise ArtifactError(
-            f"'{name}' has the shape {tuple(old.shape)} in the model; '{where}' was made from one with {resized.before} "
-            f"and holds {resized.after}.",
+            f"'{name}' has the shape {tuple(old.shape)} in the model; '{where}' was made from one with "
+            f"{resized.before} and holds {resized.after}.",
             remedy=_REMEDY,
         )
-    path, _, leaf = name.rpartition(".")
-    put_tensor(model.get_submodule(path), leaf, torch.empty(resized.after, dtype=old.dtype, device=old.device))
+    _replace(model, old, torch.empty(resized.after, dtype=old.dtype, device=old.device))
+
+
+def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Put one tensor in the place of another wherever the module holds it, so that ties stay ties."""
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module in list(model.modules()):
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is old:
+                setattr(module, name, new)
 
 
 def _set_attribute(model: nn.Module, change: Attribute, where: str) -> None:
@@ -125,8 +134,6 @@ def _set_attribute(model: nn.Module, change: Attribute, where: str) -> None:
 
 def _own_copy(module: nn.Module, name: str) -> Any:
     """Give a module its own copy of an object that it may share with others, and return the copy."""
-    import copy
-
     own = copy.copy(getattr(module, name))
     setattr(module, name, own)
     return own

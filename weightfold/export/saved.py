@@ -76,7 +76,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Returns:
         model: on the CPU, in evaluation mode.
     Raises:
-        ArtifactError: the file is missing, corrupt, foreign, or does not fit the model; names the tensor and both shapes.
+        ArtifactError: the file is missing, corrupt, foreign, or does not fit the model; names tensor and shapes.
         ConfigError: the model is of the user's own class, and none was passed.
     Example:
         >>> import tempfile

@@ -19,8 +19,8 @@ TARGETS = ("onnx", "pt2", "safetensors")
 def export(source: Source, target: str, path: str | Path) -> Exported:
     """Write a model as a file of one target.
 
-    The file gets its name only after the target's own runtime has loaded it and computed what the module computes; on any
-    failure nothing is left, and an older file of that name stays.
+    The file gets its name only after the target's own runtime has loaded it and computed what the module computes; on
+    any failure nothing is left, and an older file of that name stays.
 
     Args:
         source: the model and what is known of it.
