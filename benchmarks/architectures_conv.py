@@ -329,7 +329,7 @@ class ConvAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         code = self.narrow(self.encoder(x).flatten(1))
-        return self.decoder(F.relu(self.widen(code)).view(-1, 22, 4, 4))
+        return self.decoder(F.relu(self.widen(code)).unflatten(1, (-1, 4, 4)))
 
 
 class VAE(nn.Module):
@@ -467,13 +467,13 @@ class GroupedAttention(nn.Module):
         self.o = nn.Linear(n_heads * head_dim, n, bias=False)
         self.n_heads, self.n_kv, self.head_dim = n_heads, n_kv, head_dim
 
-    def _heads(self, x: Tensor, n_heads: int) -> Tensor:
-        return x.view(x.shape[0], x.shape[1], n_heads, self.head_dim).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q = rotate(self._heads(self.q(x), self.n_heads), cos, sin)
-        k = rotate(self._heads(self.k(x), self.n_kv), cos, sin).repeat_interleave(self.n_heads // self.n_kv, dim=1)
-        v = self._heads(self.v(x), self.n_kv).repeat_interleave(self.n_heads // self.n_kv, dim=1)
+        q = rotate(self._heads(self.q(x)), cos, sin)
+        k = rotate(self._heads(self.k(x)), cos, sin).repeat_interleave(self.n_heads // self.n_kv, dim=1)
+        v = self._heads(self.v(x)).repeat_interleave(self.n_heads // self.n_kv, dim=1)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         y = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
@@ -526,7 +526,7 @@ class FusedQKVTransformer(nn.Module):
             nn.Linear(n_heads * head_dim, n),
         )
         self.norm2, self.up, self.down = nn.LayerNorm(n), nn.Linear(n, n_mid), nn.Linear(n_mid, n)
-        self.head, self.shape = nn.Linear(n, 5), (3, n_heads, head_dim)
+        self.head, self.shape = nn.Linear(n, 5), (3, -1, head_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids) + self.position
@@ -642,8 +642,8 @@ class Maxout(nn.Module):
         self.first, self.second, self.head = nn.Linear(12, 22 * 3), nn.Linear(22, 14 * 3), nn.Linear(14, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).unflatten(-1, (22, 3)).amax(-1)
-        return self.head(self.second(x).unflatten(-1, (14, 3)).amax(-1))
+        x = self.first(x).unflatten(-1, (-1, 3)).amax(-1)
+        return self.head(self.second(x).unflatten(-1, (-1, 3)).amax(-1))
 
 
 class KANLayer(nn.Module):

@@ -7,7 +7,8 @@ recorded, the group is pruned, and the outputs must be equal to a relative error
 The graph is used as it comes, with the help that the library's own pruner gives or asks for. Where a member has groups
 of channels (grouped convolution, GroupNorm), one channel of every group is removed. Where that is not exact, one
 channel of every attention head and a whole head are tried, with the numbers of heads of the model's configuration; the
-group is right if any of these is. A group that changes the shape of an output belongs to the interface and is left out.
+group is right if any of these is. Attributes of the model (number of heads, ...) are not edited afterwards. Left out of
+the count are groups that reach an output, by the library's graph or by the shapes, and groups the library refuses.
 
     python benchmarks/baselines/torch_pruning_check.py NAME        # one JSON line
     python benchmarks/baselines/torch_pruning_check.py --all FILE  # every architecture, each in its own process
@@ -54,7 +55,7 @@ class Outcome:
     """What came of one architecture.
 
     ``listed`` says that the enumeration of all groups ended in time. ``right`` includes ``right_by_heads``;
-    ``at_output`` counts the groups left out as they change an output's shape.
+    ``at_output`` and ``refused`` count the groups left out.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Outcome:
     wrong: int = 0
     failed: int = 0
     at_output: int = 0
+    refused: int = 0
     right_by_heads: int = 0
     seconds: float = 0.0
     error: str = ""
@@ -225,8 +227,12 @@ def plant_zeros_(case: Case, group: Any) -> None:
     lost = {id(tensor): mask for _, tensor, mask in marked if mask.any()}
     for module in case.model.modules():
         weight = getattr(module, "weight", None)
-        if is_channel_norm(module) and id(weight) in lost:
-            narrow_norm_(module, ~lost[id(weight)].flatten())
+        if is_channel_norm(module) and weight is None:
+            module.forward = partial(forward_nonzero, module, module.forward)
+        elif is_channel_norm(module) and id(weight) in lost:
+            module.forward = narrow_forward(module, ~lost[id(weight)].flatten(), channel_axis(module))
+        elif "WeightStandardized" in type(module).__name__ and id(weight) in lost:
+            module.forward = narrow_forward(module, ~lost[id(weight)].transpose(0, 1).flatten(1).all(1), 1)
     for _, tensor, mask in marked:
         tensor[mask] = 0.0
 
@@ -234,21 +240,46 @@ def plant_zeros_(case: Case, group: Any) -> None:
 def is_channel_norm(module: nn.Module) -> bool:
     """Tell whether a module divides by a statistic taken over channels."""
     kind = type(module).__name__
-    return kind.endswith(("Norm", "NormGated", "Norm1P")) and not kind.startswith(("Batch", "Instance"))
+    named = ("Norm" in kind or kind.endswith("GRN")) and not any(module.children())
+    known = isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm))
+    return known or (named and not isinstance(module, nn.modules.batchnorm._NormBase))
 
 
-def narrow_norm_(norm: nn.Module, keep: Tensor) -> None:
-    """Replace a norm's forward: the channels that stay are normalised among themselves, the others give zero."""
-    small, n = copy.deepcopy(norm), keep.numel()
-    for name, parameter in list(small.named_parameters(recurse=False)):
-        if parameter.shape == (n,):
-            setattr(small, name, nn.Parameter(parameter[keep]))
-    if hasattr(small, "normalized_shape"):
-        small.normalized_shape = (int(keep.sum()),)
-    if hasattr(small, "num_channels"):
-        small.num_channels = int(keep.sum())
+def channel_axis(norm: nn.Module) -> int:
+    """Give the axis of a norm's input that holds the channels."""
     first = isinstance(norm, nn.GroupNorm) or getattr(norm, "data_format", "") == "channels_first"
-    norm.forward = partial(forward_kept, small.forward, keep.nonzero().flatten(), 1 if first else -1)
+    return 1 if first else -1
+
+
+def narrowed(module: nn.Module, keep: Tensor) -> nn.Module:
+    """Copy a module so that it works on the kept channels of its input only."""
+    small, n, n_kept = copy.deepcopy(module), keep.numel(), int(keep.sum())
+    small.__dict__.pop("forward", None)
+    for name, parameter in list(small.named_parameters(recurse=False)):
+        at = 1 if isinstance(module, nn.modules.conv._ConvNd) else parameter.ndim - 1
+        if at < parameter.ndim and parameter.shape[at] == n:
+            setattr(small, name, nn.Parameter(parameter.index_select(at, keep.nonzero().flatten())))
+    for name, value in (("normalized_shape", (n_kept,)), ("num_channels", n_kept), ("in_channels", n_kept)):
+        if hasattr(small, name):
+            setattr(small, name, value)
+    return small
+
+
+def narrow_forward(module: nn.Module, keep: Tensor, axis: int) -> Callable:
+    """Build a forward in which only the kept channels of the input exist; a norm gives zero for the others."""
+    small = narrowed(module, keep)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return lambda x: small(x.index_select(axis, keep.nonzero().flatten()))
+    return partial(forward_kept, small.forward, keep.nonzero().flatten(), axis)
+
+
+def forward_nonzero(norm: nn.Module, forward: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Apply a norm without weights to the channels that are not zero everywhere."""
+    axis = channel_axis(norm)
+    keep = x.movedim(axis, 0).flatten(1).ne(0).any(1)
+    if keep.all() or not keep.any():
+        return forward(x, *args, **kwargs)
+    return forward_kept(narrowed(norm, keep).forward, keep.nonzero().flatten(), axis, x, *args, **kwargs)
 
 
 def forward_kept(forward: Callable, keep_idx: Tensor, axis: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -267,16 +298,17 @@ def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def try_removal(case: Case, root: str, idxs: list[int]) -> str:
-    """Prune channels of one group of a fresh model: "right", "wrong: error" or "at_output"."""
+    """Prune channels of one group of a fresh model: "right", "wrong: error", "at_output" or "refused"."""
     shapes = [t.shape for t in case.run()]
     group = case.group(root, idxs)
+    if any(dep.target.type == case.graph.ops.OPTYPE.OUTPUT for dep, _ in group):
+        return "at_output"
     if not case.graph.check_pruning_group(group):
-        return "failed: the group would leave a layer without channels"
-    original = {module: module.forward for module in case.model.modules() if is_channel_norm(module)}
+        return "refused"
     plant_zeros_(case, group)
     expected = case.run()
-    for module, forward in original.items():
-        module.forward = forward
+    for module in case.model.modules():
+        module.__dict__.pop("forward", None)
     group.prune()
     got = case.run()
     if [t.shape for t in got] != shapes:
@@ -297,7 +329,7 @@ def attempt(architecture: Architecture, root: str, i_choice: int) -> str:
 def check_group(architecture: Architecture, root: str) -> str:
     """Check one group: the first removal's result, or "right_by_heads" where only a later one is exact."""
     first = attempt(architecture, root, 0)
-    if first in ("right", "at_output"):
+    if first in ("right", "at_output", "refused"):
         return first
     try:
         n_choices = len(Case(architecture).choices(root))
@@ -319,7 +351,7 @@ def record(outcome: Outcome, root: str, result: str) -> None:
     """Count one result and keep the first message of a wrong or failed group."""
     kind = result.split(":")[0]
     setattr(outcome, kind, getattr(outcome, kind) + 1)
-    outcome.checked += kind != "at_output"
+    outcome.checked += kind not in ("at_output", "refused")
     outcome.right += kind == "right_by_heads"
     if kind in ("wrong", "failed") and outcome.wrong + outcome.failed == 1:
         outcome.error = "; ".join(filter(None, (outcome.error, f"{root}: {result}")))
@@ -396,7 +428,7 @@ def versions() -> dict[str, str]:
 def totals(results: dict[str, dict[str, Any]]) -> dict[str, int]:
     """Sum up architectures and groups."""
     rows = list(results.values())
-    counts = ("groups", "checked", "right", "right_by_heads", "wrong", "failed", "at_output")
+    counts = ("groups", "checked", "right", "right_by_heads", "wrong", "failed", "at_output", "refused")
     sums = {key: sum(r[key] for r in rows) for key in counts}
     verdicts = {key: sum(r[key] for r in rows) for key in ("built", "listed", "exact", "ok")}
     return {"architectures": len(rows), **verdicts, **sums}
