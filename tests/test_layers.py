@@ -30,6 +30,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "ode": (),
         "models": (),
         "size": ("graph",),
+        "widths": ("graph", "size"),
         "fingerprint": ("graph",),
         "data": ("models",),
     },

@@ -47,7 +47,7 @@ class Sizes:
 
         Example:
             >>> Sizes.of(nn.Linear(4, 8), torch.zeros(1, 4))
-            Sizes(parameters=40, size_bytes=288, macs=32)
+            Sizes(parameters=40, size_bytes=296, macs=32)
         """
         return cls(parameters(model), size_bytes(model), macs(model, example))
 

@@ -1,7 +1,8 @@
 """Second moments of what readers read: hooks on live modules that change nothing and cost little.
 
 A reader (a linear layer, a convolution) sees a channel as one number per sample and position. Its second moment
-E[a aᵀ] is all that least squares needs: which channels are combinations of others, and at what error.
+E[a aᵀ] is all that least squares needs: which channels are combinations of others, and at what error. What the weights
+say of a channel is one row of numbers per axis.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.errors import DataError, GraphError
-from weightfold.graph.group import Axis, ChannelGraph
+from weightfold.graph.apply import find_tensor
+from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
+from weightfold.graph.layout import to_front
 
 Key = tuple[str, int]
 """(tensor, dimension) of a reading axis."""
@@ -104,6 +107,30 @@ class SecondMoment:
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Read back what `to_state` wrote."""
         return cls(int(state["count"]), state["mean_C"], state["second_CC"], state["place_C"])
+
+
+def axis_rows(model: nn.Module, axis: Axis) -> list[Tensor]:
+    """The weights at each slot of an axis, one row per channel, shapes (C, F), float64; zero where there is none."""
+    front = to_front(find_tensor(model, axis.tensor)[2].detach(), axis.dim, axis.slabs)
+    flat_NF = front.reshape(front.shape[0], -1).double().cpu()
+    have = (axis.index >= 0).double()
+    return [flat_NF[axis.index[:, m].clamp_min(0)] * have[:, m : m + 1] for m in range(axis.index.shape[1])]
+
+
+def gather(model: nn.Module, group: ChannelGroup, roles: Collection[str] = ("write", "pointwise")) -> Tensor:
+    """One row of numbers per channel: all weights that write, scale or read it, axis after axis.
+
+    Args:
+        roles: which axes: "write", "pointwise", "read", "both".
+    Returns:
+        rows_CF: shape (C, F), float64.
+    Example:
+        >>> import weightfold as wf
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> gather(net, wf.trace(net, torch.zeros(1, 4))["0"]).shape
+        torch.Size([8, 5])
+    """
+    return torch.cat([rows for axis in group.axes if axis.role in roles for rows in axis_rows(model, axis)], 1)
 
 
 @dataclass(frozen=True, eq=False)
