@@ -340,8 +340,8 @@ class _Job:
                 for i, c in zip(dropped, costs, strict=True)
             ],
             "rejected": [
-                self.rejected("magnitude", self.norms, len(keep)),
-                self.rejected("random", self.random, len(keep)),
+                self.rejected("magnitude", self.norms, len(keep), predicted),
+                self.rejected("random", self.random, len(keep), predicted),
             ],
         }
 
