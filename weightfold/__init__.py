@@ -7,7 +7,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"trace": "weightfold.graph", "ChannelGraph": "weightfold.graph", "ChannelGroup": "weightfold.graph"}
+_PUBLIC = {
+    "ChannelGraph": "weightfold.graph",
+    "ChannelGroup": "weightfold.graph",
+    "Compressor": "weightfold.compressor",
+    "Event": "weightfold.compressor",
+    "Fold": "weightfold.methods.fold",
+    "Ledger": "weightfold.ledger",
+    "Prune": "weightfold.methods.prune",
+    "load": "weightfold.export",
+    "trace": "weightfold.graph",
+}
 
 __all__ = ["__version__", *_PUBLIC]
 

@@ -1,0 +1,74 @@
+"""The gate of an edit: the same probe batches before and after, the loss difference with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+Batch = tuple[Any, Any]
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Paired loss differences on the probe: mean and a one-sided 95 % bound above it.
+
+    Example:
+        >>> reading = compare([1.0, 2.0, 3.0], [1.1, 2.1, 3.1])
+        >>> round(reading.mean, 6), round(reading.upper, 6)
+        (0.1, 0.1)
+    """
+
+    mean: float
+    lower: float
+    upper: float
+    n_batches: int
+    before: float
+    after: float
+
+
+def compare(before: Sequence[float], after: Sequence[float]) -> Reading:
+    """Student's t on the paired differences d_b of B probe batches: mean +- t_{0.95, B-1} sd / sqrt(B)."""
+    d = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    mean = float(d.mean())
+    half = float(stats.t.ppf(0.95, len(d) - 1) * d.std() / len(d) ** 0.5) if len(d) > 1 else 0.0
+    return Reading(
+        mean, mean - half, mean + half, len(d), float(torch.tensor(before).mean()), float(torch.tensor(after).mean())
+    )
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; batch norms use the batch and leave their running statistics alone.
+
+    Running statistics lag behind an edit; measuring with them would mix that lag with real damage.
+    """
+    modes = {module: module.training for module in model.modules()}
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m, m.momentum, m.num_batches_tracked) for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for norm, momentum, tracked in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked = tracked
+        for module, training in modes.items():
+            module.training = training
+
+
+def losses(model: nn.Module, probe: Sequence[Batch], loss: Loss) -> list[float]:
+    """The loss on every probe batch."""
+    with probing(model):
+        return [float(loss(model(inputs), targets)) for inputs, targets in probe]
