@@ -92,7 +92,7 @@ class Structure(Config):
     ledger_head: str | None = None
     """hash of the last entry of the ledger when the model was saved"""
     fingerprint: str
-    """SHA-256 of the stored tensors, see `weightfold.artifact.header.fingerprint`"""
+    """SHA-256 of the model's tensors, see `weightfold.artifact.header.fingerprint`"""
     versions: dict[str, str] = Field(default_factory=dict)
 
 

@@ -22,6 +22,12 @@ BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16",
+    "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""Names of the types in torch."""
 _AGAIN = "Copy or write it again."
 _CHUNK = 1 << 20
 
@@ -80,18 +86,26 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata, size)
 
 
-def fingerprint(path: Path, header: Header | None = None) -> str:
+def fingerprint(path: Path, header: Header | None = None, aliases: Mapping[str, str] | None = None) -> str:
     """Hash the names, types, shapes and bytes of a file's tensors, in the order of their names; not the metadata.
 
+    Equals `weightfold.fingerprint.fingerprint` of the module that holds these tensors.
+
+    Args:
+        path: a safetensors file.
+        header: its header, if it was read already.
+        aliases: further names of stored tensors, hashed under these names too.
     Returns:
         digest: SHA-256 in hex.
     """
     header = header or read_header(path)
     digest = hashlib.sha256()
+    places = dict(header.tensors) | {alias: header.tensors[name] for alias, name in (aliases or {}).items()}
     with _reading(path) as stream:
-        for name in sorted(header.tensors):
-            stored = header.tensors[name]
-            digest.update(repr((name, stored.dtype, stored.shape)).encode())
+        for name in sorted(places):
+            stored = places[name]
+            dtype = DTYPES.get(stored.dtype, stored.dtype)
+            digest.update(f"{name}\0torch.{dtype}\0{stored.shape}\0".encode())
             for chunk in _chunks(stream, stored):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from weightfold import __version__
 from weightfold.artifact import Builder, Input, Structure, read_structure, write_bytes, write_json
@@ -17,6 +16,7 @@ from weightfold.artifact.header import fingerprint
 from weightfold.data import load_weights_
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export.blueprint import Blueprint, rebuild_, state_tensors
+from weightfold.fingerprint import fingerprint as model_fingerprint
 from weightfold.models import TaskSpec, build
 
 STRUCTURE_FILE = "structure.json"
@@ -47,7 +47,7 @@ def save_model(
     """
     now = Blueprint.of(model)
     sizes, attributes = before.changes_to(now)
-    tensors = _stored(model, now.aliases)
+    tensors = {n: t.detach().cpu().contiguous() for n, t in state_tensors(model).items() if n not in now.aliases}
     structure = Structure(
         builder=builder,
         sizes=sizes,
@@ -55,8 +55,8 @@ def save_model(
         aliases=dict(now.aliases),
         inputs=tuple(inputs),
         ledger_head=ledger_head,
-        fingerprint=fingerprint_of(tensors),
-        versions={"weightfold": __version__, "torch": torch.__version__},
+        fingerprint=model_fingerprint(model),
+        versions={"weightfold": __version__, "torch": str(torch.__version__)},
     )
     write_bytes(Path(path), save(tensors, metadata=to_metadata(structure)))
     return structure
@@ -93,7 +93,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     file = model_file(path)
     structure, header = read_structure(file)
     check_tensors(structure, header, file)
-    if fingerprint(file, header) != structure.fingerprint:
+    if fingerprint(file, header, structure.aliases) != structure.fingerprint:
         raise ArtifactError(
             f"The tensors in '{file}' do not have the fingerprint that its metadata gives: they were changed.",
             remedy="Copy or write it again.",
@@ -108,51 +108,6 @@ def model_file(path: str | Path) -> Path:
     """Find the model's file in a run folder, or take the file itself."""
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
-
-
-def fingerprint_of(tensors: dict[str, Tensor]) -> str:
-    """Hash tensors in memory as `weightfold.artifact.header.fingerprint` hashes them in a file.
-
-    Example:
-        >>> fingerprint_of({"w": torch.zeros(2)})[:8]
-        '50788702'
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(repr((name, _dtype_name(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Hash all tensors of a module's state, each once."""
-    return fingerprint_of(_stored(model, Blueprint.of(model).aliases))
-
-
-def _stored(model: nn.Module, aliases: dict[str, str] | object) -> dict[str, Tensor]:
-    skipped = set(aliases) if isinstance(aliases, dict) else set()
-    tensors = state_tensors(model)
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items() if name not in skipped}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return _DTYPE_NAMES[dtype]
-
-
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
 
 
 def _make(builder: Builder, file: Path) -> nn.Module:

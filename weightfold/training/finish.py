@@ -1,0 +1,96 @@
+"""The end of a run: test scores, sizes, times, the last entry of the ledger, the saved models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightfold.artifact import Builder
+from weightfold.data import Dataset
+from weightfold.export import save_model
+from weightfold.export.example import task_input
+from weightfold.export.saved import write_structure
+from weightfold.fingerprint import fingerprint
+from weightfold.ledger import Ledger
+from weightfold.size import macs, parameters
+from weightfold.training import folder as files
+from weightfold.training.arm import Arm
+from weightfold.training.measure import evaluate, latency_ms, paired_difference, score_name, slice_inputs
+
+LATENCY_BATCHES = (1, 64)
+
+
+def finish(arms: Mapping[str, Arm], data: Dataset, ledger: Ledger, out: Path, builder: Builder) -> dict[str, Any]:
+    """Measure the trained networks and save them.
+
+    Returns:
+        results: by network, and compared.
+    """
+    models = {name: arm.finish() for name, arm in arms.items()}
+    device = next(iter(arms.values())).device
+    scores = {name: evaluate(model, data, "test", device) for name, model in models.items()}
+    paired = paired_difference(scores["dense"], scores["folded"]) if len(scores) == 2 else None
+    results: dict[str, Any] = {
+        "score": score_name(data.task),
+        "arms": {name: _facts(arms[name], models[name], scores[name]) for name in arms},
+        "paired": paired,
+    }
+    hashed = {"arms": results["arms"], "paired": paired}
+    ledger.append("result", hashed, aside={name: arm.seconds for name, arm in arms.items()})
+    results["head"], results["entries"] = ledger.head, len(ledger)
+    _save(arms, models, data, ledger.head, out, builder)
+    _add_wall_clock(results, arms, models, data, out)
+    return results
+
+
+def file_of(name: str, arms: Mapping[str, Any]) -> str:
+    """Name the file of a network: the smaller one is the run's model, the dense one only if it is alone."""
+    return files.MODEL if name == "folded" or len(arms) == 1 else files.DENSE
+
+
+def _facts(arm: Arm, model: nn.Module, score: Any) -> dict[str, Any]:
+    """What is the same whenever the run is done again."""
+    example = arm.task.example(1).to(arm.device)
+    after = {} if arm.compressor is None else {group.name: group.n_channels for group in arm.compressor.graph}
+    return {
+        "score": score.value,
+        "loss": score.loss,
+        "parameters": parameters(model),
+        "macs": macs(model, example),
+        "fingerprint": fingerprint(model),
+        "widths": [[name, before, after.get(name, before)] for name, before in arm.widths.items()],
+    }
+
+
+def _save(
+    arms: Mapping[str, Arm], models: Mapping[str, nn.Module], data: Dataset, head: str, out: Path, builder: Builder
+) -> None:
+    inputs = [task_input(data.task)]
+    for name, model in models.items():
+        path = out / file_of(name, arms)
+        structure = save_model(model, path, before=arms[name].before, builder=builder, inputs=inputs, ledger_head=head)
+        if path.name == files.MODEL:
+            write_structure(structure, out)
+
+
+def _add_wall_clock(
+    results: dict[str, Any], arms: Mapping[str, Arm], models: Mapping[str, nn.Module], data: Dataset, out: Path
+) -> None:
+    """Add what differs from one time to the next, and the sizes of the files."""
+    device = next(iter(arms.values())).device
+    with torch.inference_mode():
+        times = {n: latency_ms(models, slice_inputs(data, n, device)) for n in LATENCY_BATCHES}
+    for name, arm in arms.items():
+        facts = results["arms"][name]
+        facts["file"] = file_of(name, arms)
+        facts["size_bytes"] = (out / facts["file"]).stat().st_size
+        facts["seconds"] = arm.seconds
+        facts["prepare_seconds"] = arm.prepare_seconds
+        facts["event_seconds"] = arm.event_seconds
+        facts["events"] = arm.events
+        for n in LATENCY_BATCHES:
+            facts[f"latency_ms_{n}"] = times[n][name]
