@@ -177,16 +177,15 @@ class _Counting(TorchDispatchMode):
         """A fused recurrent layer multiplies each of its matrices once a sample and time step."""
         x, *rest = (leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))
         for weight in rest:
-            if weight.ndim == 2:
-                self.count.add(name, self._parameter((weight,)), x.numel() // x.shape[-1] * weight.numel())
+            owner = self._parameter((weight,))
+            if owner is not None:
+                self.count.add(name, owner, x.numel() // x.shape[-1] * weight.numel())
 
     def _parameter(self, args: Any) -> str | None:
-        for leaf in pytree.tree_leaves(args):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in self.owners:
-                name = self.owners[leaf.untyped_storage()._cdata]
-                if leaf.ndim > 1:
-                    return name
-        return None
+        """The first parameter with more than one dimension among the arguments, views included."""
+        matrices = (leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim > 1)
+        names = (self.owners.get(leaf.untyped_storage()._cdata) for leaf in matrices)
+        return next((name for name in names if name is not None), None)
 
 
 def count_macs(model: nn.Module, example: Example) -> MacCount:

@@ -48,10 +48,11 @@ class SecondMoment:
     @classmethod
     def of_samples(cls, samples_NC: Tensor) -> Self:
         """Measure samples, shape (N, C): products in the samples' type about their mean, everything else in float64."""
-        mean_C = samples_NC.mean(0)
-        centred_NC = samples_NC - mean_C
-        n, mean_C = len(samples_NC), mean_C.double()
-        second_CC = (centred_NC.T @ centred_NC).double() / n + torch.outer(mean_C, mean_C)
+        n, near_C = len(samples_NC), samples_NC.mean(0)
+        centred_NC = samples_NC - near_C
+        rest_C, near_C = centred_NC.mean(0).double(), near_C.double()
+        mean_C = near_C + rest_C
+        second_CC = (centred_NC.T @ centred_NC).double() / n + torch.outer(mean_C, mean_C) - torch.outer(rest_C, rest_C)
         return cls(n, mean_C, second_CC, torch.arange(samples_NC.shape[1], device=samples_NC.device))
 
     @property
