@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weightfold.graph.labels import (
+    COMPUTED,
     FROZEN,
     NO_MERGE,
     NO_REMOVE,
@@ -145,6 +146,7 @@ def meet(store: Store, left: Value, right: Value, how: str) -> Value:
         broadcast_shape((left, right)),
         tuple(fields),
         state=left.state and right.state,
+        computed=left.state and right.state,
         uniform=uniform,
         zero=uniform and left.zero and right.zero,
     )
@@ -225,7 +227,8 @@ def contract(store: Store, left: Value, right: Value, dims: frozenset[int]) -> V
         joint = meet(store, left, right, "mul")
         joint = reduce(store, joint, dims, NO_MERGE, "is summed without weights")
     shape = tuple(1 if d in dims else n for d, n in enumerate(broadcast_shape((left, right))))
-    return Value(shape, joint.fields, state=left.state and right.state)
+    state = left.state and right.state
+    return Value(shape, joint.fields, state=state, computed=state)
 
 
 def _meet_and_read(
@@ -276,7 +279,8 @@ def _read_pair(store: Store, left: Value, right: Value, a: Field, b: Field, dims
             store.same_sgn(x[both], y[both])
     if left.state != right.state:
         reader = b if right.state else a
-        store.flag(reader.labels, READ)
+        computed = (right if right.state else left).computed
+        store.flag(reader.labels, COMPUTED if computed else READ)
     else:
         paired = bool(((a.pos != 0).all()) and (b.pos != 0).all())
         store.flag(combine_labels(a.labels, b.labels), PAIRED if paired else NO_MERGE, "is multiplied with itself")
@@ -339,10 +343,10 @@ def reshape(store: Store, value: Value, shape: tuple[int, ...]) -> Value:
         small = compress(item.map(lambda array, f=tuple(full), t=tuple(target): array.expand(f).reshape(t)))
         if small is not None:
             fields.append(small)
-            if item.level == 0 and len(small.support) > len(item.support) and not value.state:
+            if item.level == 0 and len(small.support) > len(item.support) and not value.raw:
                 store.rect(small.labels)
     result = replace(value, shape=shape, fields=tuple(fields), name=None)
-    return result if value.state else with_blocks(store, result)
+    return result if value.raw else with_blocks(store, result)
 
 
 def with_blocks(store: Store, value: Value) -> Value:

@@ -73,10 +73,46 @@ class Facts:
         return len(self.comp_flags)
 
 
+def _block_families(store: Store, comp: Ints) -> Ints:
+    """Blocks that one view split off, or that were said to be the same as such, belong together."""
+    runs = [run.numpy() for run in store.block_runs]
+    if not runs:
+        return np.arange(int(comp.max()) + 1)
+    left = np.concatenate([np.full(len(run), comp[run[0]]) for run in runs])
+    return _components(int(comp.max()) + 1, left, comp[np.concatenate(runs)])
+
+
+def _join_equal_blocks(store: Store, comp: Ints) -> Ints:
+    """Blocks of two families that hold the same channels are the same blocks: give them one component."""
+    labels, blocks = _stack(store.members)
+    keep = (labels > 0) & (blocks > 0)
+    if not keep.any():
+        return comp
+    family = _block_families(store, comp)
+    holds: dict[int, dict[int, int]] = {}
+    for member, block in np.unique(np.stack([comp[labels[keep]], comp[blocks[keep]]]), axis=1).T.tolist():
+        mine = holds.setdefault(int(family[block]), {})
+        mine[member] = -1 if mine.get(member, block) != block else block
+    by_member: dict[int, list[int]] = {}
+    for fam, mine in holds.items():
+        for member in mine:
+            by_member.setdefault(member, []).append(fam)
+    a: list[int] = []
+    b: list[int] = []
+    for left, right in sorted({(x, y) for fams in by_member.values() for x in fams for y in fams if x < y}):
+        pairs = {(holds[left][c], holds[right][c]) for c in holds[left].keys() & holds[right].keys()}
+        one_to_one = len({p for p, _ in pairs}) == len({q for _, q in pairs}) == len(pairs)
+        if one_to_one and all(p >= 0 and q >= 0 for p, q in pairs):
+            a += [p for p, _ in pairs]
+            b += [q for _, q in pairs]
+    return _components(int(comp.max()) + 1, np.array(a, np.int64), np.array(b, np.int64))[comp]
+
+
 def solve(store: Store) -> Facts:
     """Take the connected components and carry flags and hashes over to them."""
     n = store.n_atoms
     comp = _components(n, *_stack([(a, b) for a, b, _ in store.edges]))
+    comp = _join_equal_blocks(store, comp)
     plain = _components(n, *_stack([(a, b) for a, b, is_plain in store.edges if is_plain]))
     n_comps = int(comp.max()) + 1
     atom_flags = np.zeros(n, np.int64)
@@ -85,10 +121,11 @@ def solve(store: Store) -> Facts:
     for event, (atoms, bit, _, _) in enumerate(store.flags):
         index = atoms.numpy()
         atom_flags[index] |= bit
-        if bit not in (L.READ, L.WRITE):
+        if bit not in (L.READ, L.WRITE, L.COMPUTED):
             first = reason.setdefault(bit, {})
             for c in np.unique(comp[index]):
                 first.setdefault(int(c), event)
+    _spread_read(store, atom_flags)
     np.bitwise_or.at(comp_flags, comp, atom_flags)
     touch = np.zeros(n, np.uint64)
     with np.errstate(over="ignore"):
@@ -137,6 +174,18 @@ def _gauge_roots(store: Store, kind: str) -> tuple[Ints, Ints]:
     if dead_list:
         dead[low[torch.cat(dead_list).numpy()]] = True
     return np.where(dead[low], -1, low), exponent
+
+
+def _spread_read(store: Store, flags: Ints) -> None:
+    """A weight that is itself computed (a query made from learned latents) reads with all its parts, its bias too."""
+    n = store.n_atoms
+    a, b = _stack(store.pos_edges)
+    node = lambda signed: 2 * np.abs(signed) + (signed < 0)  # noqa: E731
+    root = _components(2 * n, np.concatenate([node(a), node(a) ^ 1]), np.concatenate([node(b), node(b) ^ 1]))
+    plus, minus = root[0::2], root[1::2]
+    reads = np.zeros(int(root.max()) + 1, bool)
+    reads[plus[(flags & L.COMPUTED) != 0]] = True
+    flags[reads[plus] & (plus != minus)] |= L.COMPUTED
 
 
 def _gauges_of(facts: Facts, channel: Ints, rows: Ints, roots: Ints, exponents: Ints, kind: str) -> list[Gauge]:
@@ -271,7 +320,7 @@ class Builder:
         key = np.zeros(facts.n_comps, np.uint64)
         with np.errstate(over="ignore"):
             np.add.at(key, base.comp[rows], mix(base.touch[rows] + mix(base.seed[rows])))
-            keep = ~(L.READ | L.WRITE)
+            keep = ~(L.READ | L.WRITE | L.COMPUTED)
             key += mix(facts.comp_touch + mix(facts.comp_flags & keep))
         used = np.zeros(facts.n_comps, bool)
         used[base.comp[rows]] = True
@@ -337,7 +386,7 @@ class Builder:
             text = "shares a layout with channels that are frozen, or whose blocks differ in size"
             admits -= {"remove", "merge"}
             reasons |= {"remove": text, "merge": text}
-        axes = self._axes(rows, channel, len(comps), bool(flags & L.PAIRED))
+        axes = self._axes(rows, channel, len(comps), paired=bool(flags & L.PAIRED))
         if "merge" in admits and any(a.role == "both" for a in axes):
             admits.discard("merge")
             reasons["merge"] = "one tensor both writes and reads these channels (tied weights)"
@@ -372,7 +421,8 @@ class Builder:
         admits.discard(kind)
         reasons[kind] = _reason(self.facts, comps, bits, self.where)
 
-    def _axes(self, rows: Ints, channel: Ints, n: int, paired: bool) -> tuple[Axis, ...]:
+    def _axes(self, rows: Ints, channel: Ints, n: int, *, paired: bool = False, whole: bool = False) -> tuple[Axis, ...]:
+        """The axes of a group. ``paired``: channels of queries and keys; ``whole``: blocks, whose parts all write."""
         facts, base = self.facts, self.facts.base
         axes = []
         exponent = self.roots["positive"][1]
@@ -383,6 +433,8 @@ class Builder:
             index = torch.from_numpy(_table(channel[mine], base.pos[r], base.touch[r], n))
             bits = int(np.bitwise_or.reduce(facts.atom_flags[base.atom[r]]))
             read, write = bool(bits & L.READ), bool(bits & L.WRITE)
+            if bits & L.COMPUTED and not whole:
+                read, write = True, bool((facts.atom_flags[base.atom[r]] & L.COMPUTED == 0).any())
             role = "both" if read and write else "read" if read else "write" if write else "pointwise"
             if paired and role != "both":
                 role = _paired_role(role, exponent[base.atom[r]])
@@ -410,10 +462,10 @@ class Builder:
         facts = self.facts
         if not facts.store.used:
             return []
-        used = np.unique(facts.comp[torch.cat([u.flatten() for u in facts.store.used]).numpy()])
-        family = self._block_families()
         labels, blocks = _stack(facts.store.members)
         keep = (labels > 0) & (blocks > 0)
+        used = np.unique(facts.comp[torch.cat([u.flatten() for u in facts.store.used]).numpy()])
+        family = _block_families(facts.store, facts.comp)
         root_of_label, root_of_block = facts.plain[labels[keep]], facts.comp[blocks[keep]]
         groups = []
         for fam in dict.fromkeys(family[used].tolist()):
@@ -422,12 +474,6 @@ class Builder:
             if group is not None:
                 groups.append(group)
         return groups
-
-    def _block_families(self) -> Ints:
-        """Blocks that one view split off, or that were said to be the same as such, belong together."""
-        comp, runs = self.facts.comp, [run.numpy() for run in self.facts.store.block_runs]
-        left = np.concatenate([np.full(len(run), comp[run[0]]) for run in runs])
-        return _components(self.facts.n_comps, left, comp[np.concatenate(runs)])
 
     def _block_group(self, roots: Ints, root_of_label: Ints, root_of_block: Ints) -> ChannelGroup | None:
         facts, base = self.facts, self.facts.base
@@ -465,7 +511,7 @@ class Builder:
         inner = facts.comp_flags[children] & (L.FROZEN_IN | L.NO_REMOVE_IN | L.NO_MERGE_IN)
         if pairs.shape[1] == len(ordered) == len(children) and not inner.any() and not np.isin(children, roots).any():
             return None
-        axes = self._axes(rows, channel, len(ordered), False)
+        axes = self._axes(rows, channel, len(ordered), whole=True)
         admits, reasons = {"permute", "remove", "merge"}, {}
         if flags & L.NO_REMOVE:
             self._revoke(admits, reasons, "remove", np.concatenate([roots, children]), L.NO_REMOVE)
@@ -484,16 +530,20 @@ class Builder:
         )
 
     def _slab_problem(self, n_blocks: int, block_of_atom: Ints) -> bool:
-        """Whether the blocks cut through the slabs of a grouped convolution: its slabs must be these very blocks."""
-        base = self.facts.base
-        for seed_id, seed in enumerate(self.facts.store.seeds):
-            if seed.slabs < 2:
-                continue
+        """Whether the blocks cut through a grouped convolution: its slabs must be these very blocks, its rows too."""
+        base, seeds = self.facts.base, self.facts.store.seeds
+        for seed_id, seed in enumerate(seeds):
             mine = (base.seed == seed_id) & (block_of_atom >= 0)
-            if mine.any():
-                pairs = np.unique(np.stack([base.pos[mine] // (seed.n // seed.slabs), block_of_atom[mine]]), axis=1)
-                if n_blocks != seed.slabs or pairs.shape[1] != seed.slabs:
-                    return True
+            if seed.slabs < 2 or not mine.any():
+                continue
+            pairs = np.unique(np.stack([base.pos[mine] // (seed.n // seed.slabs), block_of_atom[mine]]), axis=1)
+            if n_blocks != seed.slabs or pairs.shape[1] != seed.slabs:
+                return True
+            rows_id = next(i for i, s in enumerate(seeds) if s.tensor == seed.tensor and s.dim == 0)
+            rows = base.seed == rows_id
+            slab = base.pos[rows] // (seeds[rows_id].n // seed.slabs)
+            if (dict(pairs.T.tolist()) != dict(zip(slab.tolist(), block_of_atom[rows].tolist(), strict=True))):
+                return True
         return False
 
     def _block_problem(self, roots: Ints, rows: Ints, block_of_atom: Ints) -> bool:

@@ -99,7 +99,9 @@ def _grouped(store: Store, x: Value, weight: Value, name: str, groups: int) -> V
     fields = []
     for item in x.fields:
         wide = compress(item.map(lambda a: a.expand(a.shape[0], groups * n_in).reshape(a.shape[0], groups, 1, n_in)))
-        if wide is not None:
+        if wide is not None and item.level == 1 and wide.support == {1}:
+            store.same(wide.labels, blocks)
+        elif wide is not None:
             fields.append(wide)
             if item.level == 0:
                 store.members.append(tuple(torch.broadcast_tensors(wide.labels, blocks)))

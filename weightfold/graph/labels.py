@@ -25,8 +25,8 @@ from torch import Tensor
 FOREIGN, UNIFORM, ZERO = 0, -1, -2
 """Labels of elements that belong to no channel: data that varies, a constant, and a constant that is zero."""
 
-FROZEN, FROZEN_IN, NO_REMOVE, NO_REMOVE_IN, NO_MERGE, NO_MERGE_IN, OFFSET, READ, WRITE, PAIRED = (
-    1 << bit for bit in range(10)
+FROZEN, FROZEN_IN, NO_REMOVE, NO_REMOVE_IN, NO_MERGE, NO_MERGE_IN, OFFSET, READ, WRITE, PAIRED, COMPUTED = (
+    1 << bit for bit in range(11)
 )
 """Flags on atoms. ``_IN`` forbids it among the channels of one block and leaves whole blocks alone."""
 
@@ -68,7 +68,7 @@ class Value:
     """What is known of one tensor in the program.
 
     ``state`` means: a function of parameters alone. ``uniform``: the same number everywhere; ``zero``: that number is 0;
-    ``name``: the parameter that this value is, untouched.
+    ``name``: the parameter that this value is, untouched; ``computed``: the result of arithmetic on parameters.
     """
 
     shape: tuple[int, ...]
@@ -77,6 +77,12 @@ class Value:
     uniform: bool = False
     zero: bool = False
     name: str | None = None
+    computed: bool = False
+
+    @property
+    def raw(self) -> bool:
+        """A parameter, at most moved: its layout is that of a weight, not of an activation."""
+        return self.state and not self.computed
 
     def blocks(self) -> tuple[Field, ...]:
         return tuple(f for f in self.fields if f.level == 1)
@@ -104,6 +110,8 @@ def compress(item: Field) -> Field | None:
 
 def kept(store: Store, item: Field) -> list[Field]:
     """Compress the labels that a movement left over. A channel picked out alone has a part of its own to play."""
+    if item.labels.numel() == 0:
+        return []
     small = compress(item)
     if small is not None:
         return [small]
@@ -264,6 +272,12 @@ def combine_labels(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a > 0, a, torch.where(b > 0, b, code))
 
 
+def _spoken_for(a: Field, b: Field, matches: Sequence[tuple[Field, Field]]) -> bool:
+    """Whether blocks of these dimensions met their counterpart already."""
+    block = a if a.level == 1 else b
+    return any(x.level == y.level == 1 and x.support == block.support for x, y in matches)
+
+
 def pair_fields(left: Sequence[Field], right: Sequence[Field]) -> tuple[list[tuple[Field, Field]], list[Field], list[Field]]:
     """Decide which field of one value speaks of the same channels as which field of the other.
 
@@ -280,7 +294,7 @@ def pair_fields(left: Sequence[Field], right: Sequence[Field]) -> tuple[list[tup
     for test in tests:
         for a in list(rest_l):
             b = next((b for b in rest_r if test(a, b)), None)
-            if b is not None:
+            if b is not None and not (a.level != b.level and _spoken_for(a, b, matches)):
                 matches.append((a, b))
                 rest_l = [x for x in rest_l if x is not a]
                 rest_r = [x for x in rest_r if x is not b]

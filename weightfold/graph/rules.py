@@ -121,7 +121,7 @@ def along(store: Store, node: torch.fx.Node, x: Value, dim: int, args: tuple, kw
 
         if dim in item.support:
             fields += kept(store, item.map(run))
-        else:
+        elif 0 not in shape:
             fields.append(item.map(lambda array: array.squeeze(dim)) if gone else item)
     return replace(x, shape=shape, fields=tuple(fields), name=None)
 
@@ -154,7 +154,7 @@ def split(store: Store, node: torch.fx.Node, x: Value, sizes: Any, dim: int = 0)
     d = on(x, dim)
     parts = [along(store, node, x, d, (sizes, d), {}, i) for i in range(len(node.meta["val"]))]
     lengths = {part.shape[d] for part in parts}
-    if len(lengths) == 1 and len(parts) > 1 and not x.state:
+    if len(lengths) == 1 and len(parts) > 1 and not x.raw:
         for item in x.fields:
             if item.level == 0 and d in item.support:
                 shape = [x.shape[d] if i == d else n for i, n in enumerate(item.labels.shape)]
@@ -206,8 +206,8 @@ def indexed(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
 @rule("cat", "concat", "concatenate", move=True)
 def cat(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 0) -> Value:
     shape = out_shape(node)
-    parts = [p for p in parts if p.shape != (0,)]
-    d = on(parts[0], dim)
+    d = on(max(parts, key=lambda p: len(p.shape)), dim)
+    parts = [p for p in parts if 0 not in p.shape] or list(parts)
     fields = []
     for level in (0, 1):
         item = _joined(store, parts, d, level)

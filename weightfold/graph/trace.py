@@ -285,10 +285,19 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {alias: name for alias, name in aliases.items() if alias != name},
         tuple(interpreter.operators),
-        tuple(interpreter.constants),
+        (*interpreter.constants, *_lifted(program)),
     )
     graph.validate()
     return graph
+
+
+def _lifted(program: torch.export.ExportedProgram) -> list[float]:
+    """Small constant tensors of the forward: scales computed from a size come as such."""
+    out: list[float] = []
+    for value in program.constants.values():
+        if isinstance(value, Tensor) and not value.is_meta and value.is_floating_point() and value.numel() <= 64:
+            out += value.detach().double().flatten().tolist()
+    return out
 
 
 def _inputs(program: torch.export.ExportedProgram, aliases: Mapping[str, str], values: Mapping[str, Value]) -> list[Any]:
