@@ -1,0 +1,136 @@
+"""`weightfold trace`: what of a model is a channel, what may be done with it, and what is frozen and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weightfold.cli import show
+from weightfold.cli.door import Json, guarded
+
+N_FROZEN = 20
+
+
+@guarded
+def trace(
+    model: Annotated[
+        str, typer.Argument(help="Built-in name, package.module:function, Hugging Face folder, or folder of a run.")
+    ],
+    example: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SHAPE", help="An input: 1x3x32x32, 1x128:int64, NAME=1x128:bool; once for each input."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Take the example from a data set.")] = None,
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights of the model.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every frozen axis.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the channel groups of a model: what changes together, which edits are exact, what is frozen and why."""
+    import time
+
+    from weightfold.errors import ConfigError
+    from weightfold.export.example import zeros
+    from weightfold.export.opened import open_model
+    from weightfold.graph import trace as trace_model
+
+    task = None
+    if data is not None:
+        from weightfold.data import load
+
+        task = load(data).task
+    source = open_model(model, weights=weights, example=example or [], task=task)
+    if not source.inputs:
+        raise ConfigError(f"Tracing '{model}' needs an example input.", remedy="Pass --example 1x3x32x32, or --data.")
+    start = time.perf_counter()
+    graph = trace_model(source.model, zeros(source.inputs))
+    facts = collect(graph)
+    facts |= {"model": model, "seconds": time.perf_counter() - start}
+    if as_json:
+        show.print_json(facts)
+    else:
+        print_facts(facts, verbose=verbose)
+
+
+def collect(graph: Any) -> dict[str, Any]:
+    """Put a graph into plain data."""
+    frozen = [{"tensor": f.tensor, "dim": f.dim, "n": f.n, "reason": f.reason} for f in graph.frozen]
+    order = {tensor: at for at, tensor in enumerate(graph.shapes)}
+    groups = sorted(graph.summary(), key=lambda group: order[_first(group["axes"])["tensor"]])
+    channels = [group for group in groups if group["kind"] == "channels"]
+    free = sum(group["channels"] for group in channels if "permute" in group["admits"])
+    return {
+        "groups": groups,
+        "frozen": frozen,
+        "totals": {
+            "groups": len(groups),
+            "channels": sum(group["channels"] for group in channels),
+            "free_channels": free,
+            "removable_channels": sum(group["channels"] for group in channels if "remove" in group["admits"]),
+            "frozen_axes": len(frozen),
+        },
+    }
+
+
+def _first(axes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The axis that a group is placed by: the first that writes it."""
+    return next((axis for axis in axes if axis["role"] != "read"), axes[0])
+
+
+def print_facts(facts: dict[str, Any], *, verbose: bool) -> None:
+    """Print groups, frozen axes and totals."""
+    rows = [
+        [
+            show.plain(group["name"]),
+            group["kind"],
+            f"{group['channels']:,}",
+            str(group["blocks"]) if group["blocks"] > 1 else "",
+            ", ".join(group["admits"]) or "[dim]nothing[/]",
+            show.plain(where(group["axes"])),
+        ]
+        for group in facts["groups"]
+    ]
+    console = show.console()
+    if rows:
+        show.table(("group", "kind", "channels", "blocks", "admits", "written → read"), rows, right=(2, 3))
+    else:
+        console.print("No channel group was found.")
+    _print_frozen(facts["frozen"], verbose=verbose)
+    totals = facts["totals"]
+    console.print(
+        f"{totals['groups']} groups, {totals['channels']:,} channels: {totals['free_channels']:,} free to permute, "
+        f"{totals['removable_channels']:,} removable; {totals['frozen_axes']} frozen axes. "
+        f"Traced in {facts['seconds']:.2f} s."
+    )
+
+
+def _print_frozen(frozen: list[dict[str, Any]], *, verbose: bool) -> None:
+    if not frozen:
+        return
+    shown = frozen if verbose else frozen[:N_FROZEN]
+    rows = [[show.plain(f"{f['tensor']}[{f['dim']}]"), f"{f['n']:,}", show.plain(f["reason"])] for f in shown]
+    show.table(("frozen axis", "size", "why"), rows, right=(1,))
+    if len(shown) < len(frozen):
+        reasons = Counter(f["reason"] for f in frozen[len(shown) :])
+        show.console().print(
+            f"[dim]and {len(frozen) - len(shown)} more, of {len(reasons)} reasons; --verbose lists all[/]"
+        )
+
+
+def where(axes: list[dict[str, Any]]) -> str:
+    """Say which tensors write a group and which read it.
+
+    Example:
+        >>> axes = [{"tensor": "a.weight", "dim": 0, "role": "write"}, {"tensor": "b.weight", "dim": 1, "role": "read"}]
+        >>> where(axes)
+        'a.weight[0] → b.weight[1]'
+    """
+    return " → ".join(_few([a for a in axes if a["role"] in roles]) for roles in (("write", "both"), ("read",)))
+
+
+def _few(axes: list[dict[str, Any]], n: int = 2) -> str:
+    weights = [axis for axis in axes if not axis["tensor"].endswith("bias")] or axes
+    text = ", ".join(f"{axis['tensor']}[{axis['dim']}]" for axis in weights[:n])
+    return text + (f" +{len(weights) - n}" if len(weights) > n else "") if text else "–"

@@ -1,0 +1,142 @@
+"""Open whatever the user names as a model: a run, a saved model, a built-in name, a function, a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from weightfold.artifact import Builder, Input, read_header
+from weightfold.artifact.format import KEY, read_structure
+from weightfold.data import load_model
+from weightfold.errors import ArtifactError, ConfigError
+from weightfold.export.blueprint import Blueprint
+from weightfold.export.example import parse_input, task_input
+from weightfold.export.saved import load, model_file
+from weightfold.export.source import Source
+from weightfold.models import NAMES, Classes, ImageInput, NextToken, TableInput, TaskSpec, TextInput, build
+
+
+def open_model(
+    spec: str,
+    *,
+    weights: str | Path | None = None,
+    example: Sequence[str] = (),
+    task: TaskSpec | None = None,
+    maker: str | None = None,
+) -> Source:
+    """Open a model with all that is known of it.
+
+    Args:
+        spec: a run's folder, a file that weightfold saved, a built-in name, package.module:function, or a Hugging Face
+            folder.
+        weights: a file of tensors for the model, or a model that weightfold saved.
+        example: inputs as text, see `parse_input`.
+        task: of the data that the model is for.
+        maker: package.module:function that makes the module of a saved model that is not built in.
+    Raises:
+        ConfigError: the spec names nothing, or what is needed to make or trace the model is missing.
+        ArtifactError: a file is corrupt or does not fit.
+    Example:
+        >>> source = open_model("lenet5", example=["2x1x8x8"])
+        >>> type(source.model).__name__, source.inputs[0].shape
+        ('LeNet5', (2, 1, 8, 8))
+    """
+    inputs = tuple(parse_input(text) for text in example)
+    if is_saved(spec):
+        return _open_saved(model_file(spec), inputs, task, maker)
+    if weights is not None and is_saved(weights):
+        return _open_saved(model_file(weights), inputs, task, None if spec in NAMES else spec)
+    if Path(spec).is_dir() and not Path(spec, "config.json").is_file():
+        raise ArtifactError(
+            f"The folder '{spec}' holds neither a run (model.safetensors) nor a Hugging Face model (config.json).",
+            remedy="A run that was interrupted has no model yet: go on with weightfold train --resume.",
+        )
+    task = task or (_task_for(spec, inputs) if spec in NAMES else None)
+    model = load_model(spec, weights, task=task).eval()
+    builder = _builder(spec, task)
+    return Source(model, inputs or _inputs_of(model, task), Blueprint.of(model), builder)
+
+
+def is_saved(spec: str | Path) -> bool:
+    """Tell whether a path is a model that weightfold saved, or the folder of one."""
+    path = Path(spec)
+    if path.is_dir():
+        return (path / "model.safetensors").is_file() and not (path / "config.json").is_file()
+    return path.suffix == ".safetensors" and path.is_file() and KEY in read_header(path).metadata
+
+
+def _open_saved(path: Path, inputs: tuple[Input, ...], task: TaskSpec | None, maker: str | None) -> Source:
+    structure, _ = read_structure(path)
+    builder = structure.builder
+
+    def fresh() -> nn.Module:
+        if builder.kind == "built-in":
+            return build(builder.name, TaskSpec.model_validate(builder.task), **builder.overrides)
+        if maker is None:
+            raise ConfigError(
+                f"'{path}' holds a model made by '{builder.name}': code that is not run because a file names it.",
+                remedy=f"If you trust it, pass --model {builder.name}",
+            )
+        return load_model(maker, task=task)
+
+    original = fresh()
+    before = Blueprint.of(original)
+    found = inputs or structure.inputs
+    return Source(load(path, original), found, before, builder, structure.ledger_head, fresh)
+
+
+def _builder(spec: str, task: TaskSpec | None) -> Builder:
+    if spec in NAMES and task is not None:
+        return Builder(kind="built-in", name=spec, task=task.model_dump(mode="json"))
+    return Builder(kind="folder" if Path(spec).is_dir() else "function", name=spec)
+
+
+def _inputs_of(model: nn.Module, task: TaskSpec | None) -> tuple[Input, ...]:
+    """Find an example without being told: from the task, or from what Hugging Face models bring."""
+    if task is not None:
+        return (task_input(task),)
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "") == "pixel_values" and hasattr(config, "image_size"):
+        size, channels = getattr(config, "image_size", 0), getattr(config, "num_channels", 3)
+        return (Input(name="pixel_values", shape=(1, channels, size, size)),) if type(size) is int else ()
+    dummies: Any = getattr(model, "dummy_inputs", None)
+    if not isinstance(dummies, dict):
+        return ()
+    high = getattr(config, "vocab_size", None)
+    return tuple(
+        Input(name=name, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."), high=high)
+        for name, value in dummies.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def _task_for(name: str, inputs: Sequence[Input]) -> TaskSpec:
+    """Guess the task of a built-in network from the shape of its example; scikit-learn's digits without one.
+
+    Raises:
+        ConfigError: no built-in network reads such an input.
+    """
+    if not inputs:
+        if name in ("char-gpt", "gru"):
+            return _text_task(name, vocab=96, context=128)
+        return TaskSpec(input=ImageInput(channels=1, height=8, width=8), output=Classes(n=10))
+    first = inputs[0]
+    if len(inputs) == 1 and len(first.shape) == 4:
+        _, channels, height, width = first.shape
+        return TaskSpec(input=ImageInput(channels=channels, height=height, width=width), output=Classes(n=10))
+    if len(inputs) == 1 and len(first.shape) == 2:
+        if first.dtype.startswith("int"):
+            return _text_task(name, vocab=first.high or 96, context=first.shape[1])
+        return TaskSpec(input=TableInput(n_features=first.shape[1]), output=Classes(n=2))
+    raise ConfigError(
+        f"The example of the built-in model '{name}' must be one input of 4 dimensions (images) or 2 (tables, tokens).",
+        remedy="For example --example 1x3x32x32, --example 1x16, or --example 1x128:int64.",
+    )
+
+
+def _text_task(name: str, vocab: int, context: int) -> TaskSpec:
+    output = NextToken(vocab=vocab) if name == "char-gpt" else Classes(n=2)
+    return TaskSpec(input=TextInput(vocab=vocab, context=context), output=output)

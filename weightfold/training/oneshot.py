@@ -1,0 +1,218 @@
+"""Fold a trained network once, and account for it as for a training run."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from weightfold.config import Config
+from weightfold.data import Dataset, load
+from weightfold.errors import DataError
+from weightfold.export import save_model
+from weightfold.export.opened import open_model
+from weightfold.export.saved import write_structure
+from weightfold.export.source import Source
+from weightfold.fingerprint import fingerprint
+from weightfold.ledger import Ledger
+from weightfold.size import macs, parameters
+from weightfold.training import folder as files
+from weightfold.training.environment import machine, versions
+from weightfold.training.finish import LATENCY_BATCHES
+from weightfold.training.measure import (
+    Score,
+    evaluate,
+    latency_ms,
+    paired_difference,
+    score_name,
+    slice_inputs,
+)
+
+BATCH = 64
+N_PROBE = 8
+
+
+class OneShotConfig(Config):
+    """What to fold, by what, and how far."""
+
+    model: str
+    """a built-in name, package.module:function, a saved model, or the folder of a run"""
+    weights: str | None = None
+    """a file of trained weights"""
+    data: str
+    """a built-in data set, a file or a folder"""
+    keep: float | None = Field(default=None, gt=0, le=1)
+    """share of the channels to keep"""
+    macs: float | None = Field(default=None, gt=0, le=1)
+    """share of the multiply-accumulates to keep, in place of `keep`"""
+    samples: PositiveInt = 1024
+    """unlabelled training inputs to look at"""
+    max_increase: float | None = Field(default=None, ge=0)
+    """largest rise of the loss on labelled training samples that is accepted; None looks at no labels"""
+    seed: NonNegativeInt = 0
+    """of the choice of inputs"""
+
+
+def fold_trained(config: OneShotConfig, out: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Fold a trained network at once and write a run's folder.
+
+    Args:
+        config: what to fold.
+        out: the folder; missing or empty.
+        force: write over the run that the folder holds.
+    Returns:
+        run: what `run.json` holds.
+    Raises:
+        WeightfoldError: anything that can be found wrong. The folder is left as it was then.
+    """
+    out = Path(out)
+    files.check(out, force=force)
+    data = load(config.data)
+    source = open_model(config.model, weights=config.weights, task=data.task)
+    original = _scored(source.model, data)
+    files.claim(out, force=force)
+    try:
+        return _fold(config, out, data, source, original)
+    except BaseException:
+        files.clear(out)
+        raise
+
+
+def _scored(model: nn.Module, data: Dataset) -> Score:
+    """Score the network as it is; that it can be scored shows that it fits the data."""
+    try:
+        return evaluate(model, data, "test", torch.device("cpu"))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise DataError(
+            f"The model fails on '{data.name}', whose inputs have the shape (B, "
+            f"{', '.join(map(str, data.task.input.shape))}) and whose answers have {data.task.output.width} numbers: "
+            f"{type(error).__name__}: {reason}",
+            remedy="Pass the data that the model was trained for.",
+        ) from error
+
+
+def _fold(config: OneShotConfig, out: Path, data: Dataset, source: Source, original: Score) -> dict[str, Any]:
+    model = source.model
+    facts = _facts(config, data, model)
+    dense = _measured(model, data, original)
+    twin = copy.deepcopy(model)
+    with Ledger.create(out / files.LEDGER, run=facts) as ledger:
+        start = time.perf_counter()
+        events, widths, net = _compress(config, data, model, ledger)
+        seconds = time.perf_counter() - start
+        folded = _measured(net, data, evaluate(net, data, "test", torch.device("cpu")))
+        scores = {name: facts.pop("answers") for name, facts in (("dense", dense), ("folded", folded))}
+        paired = paired_difference(scores["dense"], scores["folded"])
+        folded["widths"] = widths
+        ledger.append("result", {"arms": {"dense": dense, "folded": folded}, "paired": paired})
+        head, n_entries = ledger.head, len(ledger)
+    _save(out, source, twin, net, head)
+    _time(dense, folded, {"dense": twin, "folded": net}, data, out)
+    folded |= {"events": events}
+    results = {
+        "score": score_name(data.task),
+        "arms": {"dense": dense, "folded": folded},
+        "paired": paired,
+        "seconds": seconds,
+        "head": head,
+        "entries": n_entries,
+    }
+    run = {"status": "done", "kind": "fold", **facts, "machine": machine(torch.device("cpu")), "results": results}
+    files.write_run(out, run)
+    return {"format": files.FORMAT, **run}
+
+
+def _compress(
+    config: OneShotConfig, data: Dataset, model: nn.Module, ledger: Ledger
+) -> tuple[list[dict[str, Any]], list[list[Any]], nn.Module]:
+    from weightfold.compressor import Compressor
+    from weightfold.methods.fold import Fold
+
+    def loss(answer: Any, targets: Tensor) -> Tensor:
+        return data.task.loss(getattr(answer, "logits", answer), targets)
+
+    gated = config.max_increase is not None
+    settings: dict[str, Any] = {
+        name: value for name, value in (("keep", config.keep), ("macs", config.macs)) if value is not None
+    }
+    compressor = Compressor(
+        model,
+        data.task.example(),
+        [Fold(**settings)],
+        loss=loss if gated else None,
+        probe=list(itertools.islice(_batches(config, data), N_PROBE)) if gated else (),
+        ledger=ledger,
+        seed=config.seed,
+        max_increase=config.max_increase or 0.0,
+    )
+    before = {group.name: group.n_channels for group in compressor.prepare() if group.kind == "channels"}
+    n_batches = -(-config.samples // BATCH)
+    inputs = (inputs for inputs, _ in itertools.islice(_batches(config, data), n_batches))
+    events = [asdict(event) for event in compressor.once(inputs)]
+    after = {group.name: group.n_channels for group in compressor.graph}
+    refused = [event for event in events if not event["group"]]
+    if refused:
+        raise DataError(refused[0]["reason"].partition("\n")[0], remedy="Raise --samples, or pass more data.")
+    return events, [[name, n, after.get(name, n)] for name, n in before.items()], compressor.convert().eval()
+
+
+def _batches(config: OneShotConfig, data: Dataset) -> Any:
+    return data.batches("train", BATCH, generator=torch.Generator().manual_seed(config.seed))
+
+
+def _facts(config: OneShotConfig, data: Dataset, model: nn.Module) -> dict[str, Any]:
+    return {
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "samples": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+            "task": data.task.model_dump(mode="json"),
+        },
+        "initial_weights": fingerprint(model),
+        "total_steps": 0,
+    }
+
+
+def _measured(model: nn.Module, data: Dataset, score: Score) -> dict[str, Any]:
+    return {
+        "score": score.value,
+        "loss": score.loss,
+        "parameters": parameters(model),
+        "macs": macs(model, data.task.example(1)),
+        "fingerprint": fingerprint(model),
+        "widths": [],
+        "answers": score,
+    }
+
+
+def _save(out: Path, source: Source, twin: nn.Module, net: nn.Module, head: str) -> None:
+    for name, model in ((files.DENSE, twin), (files.MODEL, net)):
+        structure = save_model(
+            model, out / name, before=source.before, builder=source.builder, inputs=source.inputs, ledger_head=head
+        )
+    write_structure(structure, out)
+
+
+def _time(
+    dense: dict[str, Any], folded: dict[str, Any], models: dict[str, nn.Module], data: Dataset, out: Path
+) -> None:
+    models = {name: model.eval() for name, model in models.items()}
+    with torch.inference_mode():
+        times = {n: latency_ms(models, slice_inputs(data, n, torch.device("cpu"))) for n in LATENCY_BATCHES}
+    for name, facts in (("dense", dense), ("folded", folded)):
+        facts["file"] = files.MODEL if name == "folded" else files.DENSE
+        facts["size_bytes"] = (out / facts["file"]).stat().st_size
+        for n in LATENCY_BATCHES:
+            facts[f"latency_ms_{n}"] = times[n][name]
