@@ -254,7 +254,8 @@ def after(graph: ChannelGraph, edit: Edit) -> ChannelGraph:
         return graph
     groups = []
     for other in graph.groups:
-        touched = other is group or any((a.tensor, a.dim, a.slabs) in plans for a in other.axes)
+        edited = {tensor for tensor, _, _ in plans}
+        touched = other is group or any(a.tensor in edited for a in other.axes)
         new = _renumbered(other, group, edit, plans) if touched else other
         if new is not None:
             groups.append(new)
@@ -282,6 +283,17 @@ def _moved_index(index: Tensor, plan: Layout, size: int) -> Tensor:
     return target[index]
 
 
+def _slabs_moved(axis: Axis, rows: Layout, n_rows: int) -> Axis:
+    """Follow the slabs of a grouped convolution when whole groups of its rows move or go."""
+    depth, width = n_rows // axis.slabs, axis.size // axis.slabs
+    slabs = rows.size // depth
+    target = torch.full((axis.slabs + 1,), -1, dtype=torch.long)
+    target[rows.source[::depth] // depth] = torch.arange(slabs)
+    slab = target[torch.where(axis.index >= 0, axis.index // width, axis.slabs)]
+    index = torch.where(slab >= 0, slab * width + axis.index % width, -1)
+    return replace(axis, index=index, size=slabs * width, slabs=slabs)
+
+
 def _renumbered(
     other: ChannelGroup, group: ChannelGroup, edit: Edit, plans: Mapping[tuple[str, int, int], Layout]
 ) -> ChannelGroup | None:
@@ -290,7 +302,11 @@ def _renumbered(
     axes = []
     for axis in other.axes:
         plan = plans.get((axis.tensor, axis.dim, axis.slabs))
-        axes.append(axis if plan is None else replace(axis, index=_moved_index(axis.index, plan, axis.size)))
+        rows = plans.get((axis.tensor, 0, 1))
+        if axis.slabs > 1 and rows is not None and group.kind == "blocks":
+            axes.append(_slabs_moved(axis, rows, group.axis(axis.tensor, 0).size))
+        else:
+            axes.append(axis if plan is None else replace(axis, index=_moved_index(axis.index, plan, axis.size)))
     alive = torch.zeros(other.n_channels, dtype=torch.bool)
     for axis in axes:
         alive |= (axis.index >= 0).any(1)
@@ -299,16 +315,13 @@ def _renumbered(
         alive &= ~lost
     if not bool(alive.any()):
         return None
+    moves = {(old.tensor, old.dim, old.slabs): (old, new) for old, new in zip(other.axes, axes, strict=True)}
+    number = torch.cumsum(alive, 0) - 1
     gauges = []
     for gauge in other.gauges:
-        moved = []
-        for t, d, s, e, i in gauge.axes:
-            plan = plans.get((t, d, s))
-            size = next(a.size for a in other.axes if (a.tensor, a.dim, a.slabs) == (t, d, s))
-            moved.append((t, d, s, e, i if plan is None else _moved_index(i, plan, size)))
         keep = alive[gauge.channel]
-        number = torch.cumsum(alive, 0) - 1
-        gauges.append(replace(gauge, channel=number[gauge.channel[keep]], axes=tuple((t, d, s, e, _trim(i[keep])) for t, d, s, e, i in moved)))
+        moved = [(t, d, moves[t, d, s][1].slabs, e, _carried(i[keep], *moves[t, d, s])) for t, d, s, e, i in gauge.axes]
+        gauges.append(replace(gauge, channel=number[gauge.channel[keep]], axes=tuple(moved)))
     block = None
     if other.block is not None:
         block = torch.unique(other.block[alive], return_inverse=True)[1]
@@ -320,6 +333,14 @@ def _renumbered(
         block=block,
         gauges=tuple(gauges),
     )
+
+
+def _carried(index: Tensor, old: Axis, new: Axis) -> Tensor:
+    """Positions of an axis, followed to where the axis' own table says that they went."""
+    target = torch.full((old.size + 1,), -1, dtype=torch.long)
+    have = old.index >= 0
+    target[old.index[have]] = new.index[have]
+    return _trim(target[index])
 
 
 def _trim(index: Tensor) -> Tensor:

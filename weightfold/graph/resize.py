@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from weightfold.errors import EditError, TraceError
+from weightfold.errors import EditError, GraphError, TraceError
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply
 from weightfold.graph.group import ChannelGraph, ChannelGroup
@@ -283,6 +283,8 @@ def _trial(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
         found = trace(twin, bench.example)
     except TraceError as error:
         return f"has its size written down: {error.message[:300]}"
+    except GraphError as error:
+        return f"cannot be traced after a trial cut: {error.message[:200]}"
     return difference(expected, found, members=not thin)
 
 

@@ -204,10 +204,20 @@ class Interpreter:
             return self._higher_order(node, args, kwargs)
         self.operators.append(str(node.target))
         self.constants += [float(a) for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, float)]
-        result = rules.apply_rule(self.store, node, args, kwargs)
+        result = self._apply(node, args, kwargs)
         if rules.in_place(node) and node.args:
             self._written(node, env, args, result)
         return result
+
+    def _apply(self, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operator's rule; a call that the rule does not foresee freezes what it meets."""
+        try:
+            return rules.apply_rule(self.store, node, args, kwargs)
+        except (RuntimeError, IndexError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            text = f"'{node.target}' is called in a way its rule does not know ({type(error).__name__})"
+            for value in rules._flat([*args, *kwargs.values()]):
+                self.store.freeze(value, text)
+            return rules.shapes_of(node)
 
     def _higher_order(self, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """A block under no_grad or autocast runs like the rest; other control flow freezes what it meets."""

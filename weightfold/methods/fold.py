@@ -128,11 +128,14 @@ class Reader:
 
 
 def _solve(a: Floats, b: Floats) -> Floats:
-    """Solve a symmetric positive semidefinite system; the least-norm solution where it is singular."""
-    factor, info = torch.linalg.cholesky_ex(torch.from_numpy(a))
-    if int(info) == 0:
-        return torch.cholesky_solve(torch.from_numpy(b), factor).numpy()
-    return (torch.linalg.pinv(torch.from_numpy(a), hermitian=True) @ torch.from_numpy(b)).numpy()
+    """Solve a symmetric positive semidefinite system; where it is singular to rounding, with the least ridge that helps."""
+    matrix, mean = torch.from_numpy(a), float(np.diag(a).mean())
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    share = 1e-13
+    while int(info):
+        share *= 10
+        factor, info = torch.linalg.cholesky_ex(matrix + share * (mean or 1.0) * torch.eye(len(a), dtype=torch.float64))
+    return torch.cholesky_solve(torch.from_numpy(b), factor).numpy()
 
 
 def readers_of(model: nn.Module, group: ChannelGroup, statistics: Mapping[Key, SecondMoment]) -> list[Reader]:
@@ -243,7 +246,7 @@ class _State:
 
     def costs(self, left: Floats) -> Floats:
         diagonal = np.where(left, np.diag(self.inverse), 1.0)
-        return self.weight * np.diag(self.gram) / np.maximum(diagonal, 1e-300)
+        return self.weight * np.diag(self.gram) / np.maximum(diagonal, 1e-30)
 
     def drop(self, i: int) -> None:
         """Compensate for channel i: rank-one on the inverse, rank-two on the Gram matrix."""
