@@ -128,7 +128,7 @@ class Reader:
 
 
 def _solve(a: Floats, b: Floats) -> Floats:
-    """Solve a symmetric positive semidefinite system; where it is singular to rounding, with the least ridge that helps."""
+    """Solve a symmetric positive semidefinite system; a singular one with the least ridge that helps."""
     matrix, mean = torch.from_numpy(a), float(np.diag(a).mean())
     factor, info = torch.linalg.cholesky_ex(matrix)
     share = 1e-13
@@ -379,8 +379,8 @@ def eligible(graph: ChannelGraph, pattern: str | None) -> tuple[list[ChannelGrou
         ConfigError: the pattern matches no group; names the nearest.
     """
     named = [g for g in graph if pattern is None or fnmatch.fnmatchcase(g.name, pattern)]
-    if not named:
-        raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(str(pattern), [g.name for g in graph]))
+    if not named and pattern is not None:
+        raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(pattern, [g.name for g in graph]))
     refused = {g.name: reason for g in named if (reason := _refusal(g)) is not None}
     return [g for g in named if g.name not in refused], refused
 

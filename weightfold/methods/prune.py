@@ -187,8 +187,8 @@ class Prune(Method):
                 raise ConfigError(f"The 'widths' of PruneConfig name no group '{name}'.", remedy=nearest(name, names))
         pattern = self.config.groups
         found = [g for g in moment.graph if pattern is None or fnmatch.fnmatchcase(g.name, pattern)]
-        if not found:
-            raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(str(pattern), names))
+        if not found and pattern is not None:
+            raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(pattern, names))
         usable = [g for g in found if g.kind == "channels" and "remove" in g.admits and g.role("write")]
         if self.config.criterion == "wanda":
             usable = [g for g in usable if g.role("read") and all(a.tap is not None for a in g.role("read"))]
