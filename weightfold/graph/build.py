@@ -533,8 +533,10 @@ class Builder:
         """Whether the blocks cut through a grouped convolution: its slabs must be these very blocks, its rows too."""
         base, seeds = self.facts.base, self.facts.store.seeds
         for seed_id, seed in enumerate(seeds):
+            if seed.slabs < 2:
+                continue
             mine = (base.seed == seed_id) & (block_of_atom >= 0)
-            if seed.slabs < 2 or not mine.any():
+            if not mine.any():
                 continue
             pairs = np.unique(np.stack([base.pos[mine] // (seed.n // seed.slabs), block_of_atom[mine]]), axis=1)
             if n_blocks != seed.slabs or pairs.shape[1] != seed.slabs:
@@ -571,16 +573,17 @@ class Builder:
             if group.kind == "channels" and group.free:
                 for axis in group.axes:
                     covered.setdefault((axis.tensor, axis.dim, axis.slabs), set()).update(axis.index[axis.index >= 0].tolist())
+        starts = np.cumsum([0, *(seed.n for seed in facts.store.seeds)])
         out = []
         for seed_id, seed in enumerate(facts.store.seeds):
             if seed.n < 2 or seed.slabs > 1:
                 continue
-            mine = base.seed == seed_id
             have = covered.get((seed.tensor, seed.dim, seed.slabs), set())
-            lost = mine & ~np.isin(base.pos, np.fromiter(have, np.int64, len(have)))
+            lost = np.ones(seed.n, bool)
+            lost[np.fromiter(have, np.int64, len(have))] = False
             if not lost.any():
                 continue
-            comps = np.unique(base.comp[lost])
+            comps = np.unique(base.comp[starts[seed_id] : starts[seed_id] + seed.n][lost])
             if (facts.comp_touch[comps] == 0).all():
                 text = "is not used by the traced forward"
             else:

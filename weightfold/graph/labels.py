@@ -196,9 +196,10 @@ class Store:
         """Say that two broadcastable label arrays name the same channels."""
         a, b = torch.broadcast_tensors(a, b)
         keep = (a > 0) & (b > 0) & (a != b)
-        pairs = torch.unique(torch.stack([a[keep], b[keep]]), dim=1)
-        if pairs.shape[1] == 0:
+        both = torch.unique(a[keep] << 32 | b[keep])
+        if both.numel() == 0:
             return
+        pairs = torch.stack([both >> 32, both & 0xFFFFFFFF])
         plain = all(torch.unique(side).numel() == pairs.shape[1] for side in pairs)
         self.edges.append((pairs[0], pairs[1], plain))
 

@@ -10,7 +10,7 @@ scale that silently follows the size, is caught as well.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -67,16 +67,20 @@ def _cloned(source: Tensor) -> Tensor:
     return nn.Parameter(copy, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else copy
 
 
-def unit_cut(group: ChannelGroup) -> edits.Edit | None:
-    """Remove the last channel of every block; None when a block would be left empty."""
-    keep = torch.ones(group.n_channels, dtype=torch.bool)
+def unit_change(group: ChannelGroup) -> edits.Edit | None:
+    """Remove the last channel of every block; where a single one would be left, which is no group any more, copy it.
+
+    None when a block has a single channel.
+    """
     block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
-    for b in torch.unique(block):
-        mine = (block == b).nonzero().flatten()
-        if mine.numel() < 2:
-            return None
-        keep[mine[-1]] = False
-    return edits.remove(group, keep.nonzero().flatten())
+    last = [int((block == b).nonzero()[-1]) for b in torch.unique(block)]
+    smallest = int(torch.bincount(block).min())
+    if smallest < 2:
+        return None
+    copies = torch.ones(group.n_channels, dtype=torch.long)
+    copies[last] = 0 if smallest > 2 else 2
+    carry = torch.repeat_interleave(torch.arange(group.n_channels), copies)
+    return edits.Edit(group.name, "trial", group.n_channels, carry)
 
 
 def with_sizes(model: nn.Module, example: Example, graph: ChannelGraph) -> ChannelGraph:
@@ -87,7 +91,7 @@ def with_sizes(model: nn.Module, example: Example, graph: ChannelGraph) -> Chann
         model: the traced module; it is not touched.
         example: what it was traced with.
     """
-    candidates = [g.name for g in graph if "remove" in g.admits and unit_cut(g) is not None]
+    candidates = [g.name for g in graph if "remove" in g.admits and unit_change(g) is not None]
     bench = Bench.of(model, example)
     if bench.meta:
         plain = trace(bench.twin(), bench.example)
@@ -266,14 +270,14 @@ def _trial(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
     """Cut one unit of every named group on a copy and trace it; "" when all is as predicted, else what is not."""
     twin = bench.twin()
     expected = graph
-    thin = False
+    grown: set[str] = set()
     try:
         for name in names:
             current = next((g for g in expected.groups if g.name == name), None)
-            cut = None if current is None else unit_cut(current)
-            if cut is not None:
-                thin |= cut.n_after == 1
-                expected, _ = apply(twin, expected, cut)
+            change = None if current is None else unit_change(current)
+            if change is not None:
+                grown |= {name} if change.n_after > change.n_channels else set()
+                expected, _ = apply(twin, expected, change)
     except (EditError, RuntimeError, AttributeError, ValueError, TypeError) as error:
         return f"cannot be cut: {str(error).splitlines()[0][:160]}"
     problem = _forward_problem(twin, bench.example)
@@ -285,7 +289,7 @@ def _trial(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
         return f"has its size written down: {error.message[:300]}"
     except GraphError as error:
         return f"cannot be traced after a trial cut: {error.message[:200]}"
-    return difference(expected, found, members=not thin)
+    return difference(expected, found, grown)
 
 
 def _forward_problem(twin: nn.Module, example: Example) -> str:
@@ -303,10 +307,11 @@ def _forward_problem(twin: nn.Module, example: Example) -> str:
     return ""
 
 
-def difference(expected: ChannelGraph, found: ChannelGraph, *, members: bool = True) -> str:
+def difference(expected: ChannelGraph, found: ChannelGraph, only: Collection[str] = ()) -> str:
     """The first way in which a traced graph is not the predicted one, or "".
 
-    A group cut to a single channel is no group any more: then ``members`` is off and the program alone is compared.
+    Args:
+        only: groups to compare where some were grown (others that overlap a copy are not followed); all if empty.
     """
     if expected.operators != found.operators:
         return "takes part in a forward whose operators depend on its size"
@@ -315,11 +320,9 @@ def difference(expected: ChannelGraph, found: ChannelGraph, *, members: bool = T
     for a, b in zip(expected.constants, found.constants, strict=True):
         if abs(a - b) > 1e-12 * max(abs(a), abs(b)):
             return f"sets a constant of the forward by its size ({a:g} becomes {b:g})"
-    if not members:
-        return ""
     have = {group.name: group for group in found.groups}
     for group in expected.groups:
-        if group.n_channels < 2 or not group.free:
+        if group.n_channels < 2 or not group.free or (only and group.name not in only):
             continue
         other = have.get(group.name)
         if other is None or other.n_channels != group.n_channels:
