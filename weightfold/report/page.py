@@ -1,4 +1,52 @@
-"""x"""
+"""Put a report together and write it beside the run."""
+
+from __future__ import annotations
+
+from html import escape
 from pathlib import Path
-def write_report(folder: Path) -> Path:
-    return folder
+
+from weightfold import __version__
+from weightfold.artifact import write_bytes
+from weightfold.report import origin, sections
+from weightfold.report.facts import Facts, gather
+
+NAME = "report.html"
+STYLE = Path(__file__).with_name("style.css")
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a finished run: one file that opens without a network.
+
+    Args:
+        folder: holds `run.json` and `ledger.db`.
+    Returns:
+        path: of the page.
+    Raises:
+        ArtifactError: the run is missing, damaged or unfinished, or the page cannot be written.
+        LedgerError: the ledger is damaged.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    write_bytes(path, render(gather(folder)).encode())
+    return path
+
+
+def render(facts: Facts) -> str:
+    """Give the page as HTML."""
+    title = f"{facts.run['config']['model']} on {facts.run['data']['name']}"
+    parts = (
+        sections.header(facts),
+        sections.cards(facts),
+        sections.curves(facts),
+        sections.widths(facts),
+        sections.decisions(facts),
+        sections.merges(facts),
+        origin.table(facts),
+        origin.origin(facts),
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} · weightfold</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<body><main>{''.join(parts)}<footer>Written by weightfold {escape(__version__)}.</footer></main></body></html>\n"
+    )

@@ -23,6 +23,7 @@ from weightfold.training.measure import outputs, synchronise
 
 if TYPE_CHECKING:
     from weightfold.compressor import Compressor
+    from weightfold.graph import ChannelGraph
     from weightfold.methods.base import Method
 
 MOMENTUM = 0.9
@@ -92,7 +93,7 @@ class Arm:
         graph = self.compressor.prepare(self.optimizer)
         self.prepare_seconds = time.perf_counter() - start
         self.seconds += self.prepare_seconds
-        self.widths = {group.name: group.n_channels for group in graph if group.kind == "channels"}
+        self.widths = widths_of(graph)
 
     def _loss(self, answer: Any, targets: Tensor) -> Tensor:
         return self.task.loss(getattr(answer, "logits", answer), targets)
@@ -185,6 +186,20 @@ class Arm:
         self.seconds, self.prepare_seconds, self.event_seconds = state["seconds"]
         self.events = list(state["events"])
         self.points = [(step, loss, at) for step, loss, at in state["points"]]
+
+
+def widths_of(graph: ChannelGraph) -> dict[str, int]:
+    """List the channels of each group, in the order of the tensors that write them.
+
+    Example:
+        >>> from weightfold.graph import trace
+        >>> widths_of(trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)))
+        {'0': 8}
+    """
+    order = {tensor: at for at, tensor in enumerate(graph.shapes)}
+    groups = [group for group in graph if group.kind == "channels"]
+    groups.sort(key=lambda group: min((order[axis.tensor] for axis in group.axes if axis.role != "read"), default=-1))
+    return {group.name: group.n_channels for group in groups}
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

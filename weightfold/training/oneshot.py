@@ -24,6 +24,7 @@ from weightfold.fingerprint import fingerprint
 from weightfold.ledger import Ledger
 from weightfold.size import macs, parameters
 from weightfold.training import folder as files
+from weightfold.training.arm import widths_of
 from weightfold.training.environment import machine, versions
 from weightfold.training.finish import LATENCY_BATCHES
 from weightfold.training.measure import (
@@ -153,7 +154,7 @@ def _compress(
         seed=config.seed,
         max_increase=config.max_increase or 0.0,
     )
-    before = {group.name: group.n_channels for group in compressor.prepare() if group.kind == "channels"}
+    before = widths_of(compressor.prepare())
     n_batches = -(-config.samples // BATCH)
     inputs = (inputs for inputs, _ in itertools.islice(_batches(config, data), n_batches))
     events = [asdict(event) for event in compressor.once(inputs)]
