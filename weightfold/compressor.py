@@ -158,11 +158,7 @@ class Compressor:
         return self._graph
 
     def _preparation(self, traced: ChannelGraph) -> dict[str, Any]:
-        refused = {
-            g.name: dict(g.reasons)
-            for g, old in zip(self.graph, traced, strict=True)
-            if g.admits != old.admits
-        }
+        refused = {g.name: dict(g.reasons) for g, old in zip(self.graph, traced, strict=True) if g.admits != old.admits}
         return {
             "fingerprint": fingerprint(self.model),
             "methods": [{"name": m.name, "config": m.config.model_dump(mode="json")} for m in self.methods],
@@ -344,9 +340,7 @@ class Compressor:
         text = f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
         return reading, undo, graph, text
 
-    def _event(
-        self, proposal: Proposal, reading: Reading | None, accepted: bool, reason: str, started: float
-    ) -> Event:
+    def _event(self, proposal: Proposal, reading: Reading | None, accepted: bool, reason: str, started: float) -> Event:
         edit = proposal.edit
         return Event(
             self._step,
@@ -397,7 +391,12 @@ class Compressor:
                 "proof": {"weights": digest({n: find_tensor(self.model, n)[2] for n in names}), "undo": blob},
                 "reset": sorted(undo.reset),
             },
-            {"seconds": seconds, "learning_rates": [g["lr"] for o in self._optimizers for g in o.param_groups if isinstance(g["lr"], float)]},
+            {
+                "seconds": seconds,
+                "learning_rates": [
+                    g["lr"] for o in self._optimizers for g in o.param_groups if isinstance(g["lr"], float)
+                ],
+            },
         )
 
     def _members(self, edit: Edit) -> dict[str, Any]:
@@ -503,7 +502,8 @@ def _check_finite(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise EditError(
-                f"'{name}' holds values that are not finite.", remedy="Start from weights of a run that did not diverge."
+                f"'{name}' holds values that are not finite.",
+                remedy="Start from weights of a run that did not diverge.",
             )
 
 
@@ -511,7 +511,9 @@ def _attempt_record(proposal: Proposal, reading: Reading | None, reason: str) ->
     record: dict[str, Any] = {"kept": proposal.edit.n_after, "predicted": proposal.predicted, "reason": reason}
     if reading is not None:
         record |= {"mean": reading.mean, "upper": reading.upper, "before": reading.before, "after": reading.after}
-    return {key: value if not isinstance(value, float) or _finite(value) else str(value) for key, value in record.items()}
+    return {
+        key: value if not isinstance(value, float) or _finite(value) else str(value) for key, value in record.items()
+    }
 
 
 def undo_bytes(undo: Undo) -> bytes:

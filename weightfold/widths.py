@@ -48,6 +48,20 @@ class Grid:
         """The allowed width nearest to a wished one; of two equally near, the wider."""
         return min(self.widths(group), key=lambda w: (round(abs(w - width), 9), -w))
 
+    def given(self, group: ChannelGroup, width: int) -> int:
+        """Check a width that the user gave.
+
+        Raises:
+            ConfigError: the group cannot have it.
+        """
+        blocks = 1 if group.block is None else int(group.block.max()) + 1
+        if not blocks <= width <= group.n_channels or width % blocks:
+            raise ConfigError(
+                f"Group '{group.name}' has {group.n_channels} channels in {blocks} block(s); it cannot keep {width}.",
+                remedy=f"Give a multiple of {blocks} from {blocks} to {group.n_channels}.",
+            )
+        return width
+
 
 def uniform(groups: Sequence[ChannelGroup], share: float, grid: Grid) -> Widths:
     """Keep the same share of every group.

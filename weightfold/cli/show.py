@@ -95,6 +95,8 @@ def change(row: Mapping[str, Any]) -> str:
     text = text.replace("-", "−")
     if abs(value) < 0.05:
         return text
+    if not row.get("beyond_chance", True):
+        return text
     good = (value < 0) == (row["better"] == "less")
     return f"[green]{text}[/]" if good else f"[red]{text}[/]"
 

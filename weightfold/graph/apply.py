@@ -1,8 +1,8 @@
-"""Apply an edit to a live model: weights, buffers, attributes, optimiser, averaged copies; and take it back bit for bit."""
+"""Apply an edit to a live model: weights, buffers, attributes, optimiser, averages; and take it back bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from weightfold.errors import EditError
 from weightfold.graph import optim
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
-from weightfold.graph.layout import Layout, from_front, gauge_factors, layout, mix, scale_rows, select, to_front
+from weightfold.graph.layout import Layout, edited, from_front, gauge_factors, layout, to_front
 from weightfold.graph.sizes import sync_sizes
 
 Companion = nn.Module | MutableMapping[str, Tensor]
@@ -31,11 +31,12 @@ class Undo:
     mappings: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = field(default_factory=list)
     optimizer: list[tuple[torch.optim.Optimizer, nn.Module, str, dict[str, Any]]] = field(default_factory=list)
     reset: list[str] = field(default_factory=list)
+    replaced: list[Tensor] = field(default_factory=list)
 
     def restore(self) -> None:
         """Put everything back."""
         for model, owner, leaf, old, optimizers in reversed(self.tensors):
-            put_tensor(model, owner, leaf, old, optimizers)
+            put_tensor(model, owner, leaf, old, optimizers, swap=all(old is not t for t in self.replaced))
         for optimizer, model, name, state in reversed(self.optimizer):
             optimizer.state[find_tensor(model, name)[2]] = state
         for mapping, name, old in reversed(self.mappings):
@@ -57,19 +58,25 @@ def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
 
 
 def put_tensor(
-    model: nn.Module, owner: nn.Module, leaf: str, new: Tensor, optimizers: Iterable[torch.optim.Optimizer] = ()
+    model: nn.Module,
+    owner: nn.Module,
+    leaf: str,
+    new: Tensor,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    *,
+    swap: bool = True,
 ) -> Tensor:
-    """Put a tensor in place of another so that ties, hooks and optimisers follow; return what stood there.
+    """Put a tensor in place of another so that ties, hooks and optimisers follow; return what holds the old contents.
 
     The two swap identities where PyTorch allows it, so that every reference to the old object sees the new contents.
-    Where it does not (recurrent layers keep weak references, an old graph may still hold the tensor), every reference in
-    the model and in the optimisers is replaced.
+    Where it does not (recurrent layers keep weak references, an old graph may still hold the tensor), every reference
+    in the model and in the optimisers is replaced; ``swap=False`` takes such a replacement back.
     """
     old = getattr(owner, leaf)
     old.grad = None
     if isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-    if not isinstance(owner, nn.RNNBase):
+    if swap and not isinstance(owner, nn.RNNBase):
         try:
             torch.utils.swap_tensors(old, new)
             return new
@@ -97,52 +104,42 @@ def new_value(old: Tensor, group: ChannelGroup, edit: Edit, tensor: str) -> Tens
     for axis in _axis_of(group, tensor):
         plan = layout(group, axis, edit)
         front = to_front(value, axis.dim, axis.slabs)
-        front = _front_value(front, group, axis, edit, plan)
+        front = edited(front, axis, plan, edit, gauge_factors(group, axis, edit, plan))
         value = from_front(front, axis.dim, axis.slabs)
     return value.to(old.dtype)
 
 
-def _front_value(front: Tensor, group: ChannelGroup, axis: Axis, edit: Edit, plan: Layout) -> Tensor:
-    reads = axis.role == "read"
-    if reads and (edit.read is not None or axis.key in edit.reads):
-        out = mix(front, axis, plan, edit.B_of(axis.key).T.contiguous())
-    elif not reads and edit.write is not None:
-        out = mix(front, axis, plan, edit.write)
-    else:
-        out = select(front, plan)
-    factors = gauge_factors(group, axis, edit, plan)
-    return out if factors is None else scale_rows(out, factors)
+def _bias_name(tensor: str) -> str:
+    path, _, leaf = tensor.rpartition(".")
+    return f"{path}.{leaf.replace('weight', 'bias')}".lstrip(".")
 
 
-def _reader_bias(model: nn.Module, tensor: str) -> tuple[nn.Module, str, Tensor]:
-    owner, leaf, _ = find_tensor(model, tensor)
-    bias = leaf.replace("weight", "bias")
-    if leaf == bias or not isinstance(getattr(owner, bias, None), Tensor):
-        raise EditError(
-            f"'{tensor}' has no bias to fold a constant into.", remedy="Fold without an intercept for this reader."
-        )
-    return owner, bias, getattr(owner, bias)
-
-
-def _shifted_biases(model: nn.Module, group: ChannelGroup, edit: Edit) -> dict[str, Tensor]:
+def _shifted_biases(get: Callable[[str], Tensor | None], group: ChannelGroup, edit: Edit) -> dict[str, Tensor]:
     """New biases of readers that take over a constant: ``bias + W @ shift``, spatial windows summed."""
     out = {}
     for (tensor, dim), vector in edit.shift.items():
-        axis = group.axis(tensor, dim)
-        _, bias_leaf, bias = _reader_bias(model, tensor)
-        weight = find_tensor(model, tensor)[2].detach()
+        axis, name = group.axis(tensor, dim), _bias_name(tensor)
+        weight, bias = get(tensor), None if name == tensor else get(name)
+        if weight is None or bias is None:
+            raise EditError(
+                f"'{tensor}' has no bias to fold a constant into.", remedy="Fold without an intercept for this reader."
+            )
         if axis.slabs != 1:
             raise EditError(f"'{tensor}' is a grouped convolution: a constant cannot be folded into its bias.")
-        front = to_front(weight, dim, 1).double()
+        front = to_front(weight.detach(), dim, 1).double()
         added = torch.zeros_like(bias, dtype=torch.float64)
         for m in range(axis.index.shape[1]):
             have = axis.index[:, m] >= 0
             rows = front.index_select(0, axis.index[have, m].to(front.device))
             rows = rows.reshape(rows.shape[0], rows.shape[1], -1).sum(-1)
             added += vector[have].to(rows.device) @ rows
-        name = f"{tensor.rpartition('.')[0]}.{bias_leaf}".lstrip(".")
         out[name] = (bias.detach().double() + added).to(bias.dtype)
     return out
+
+
+def _tensor_or_none(model: nn.Module, name: str) -> Tensor | None:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf, None)
 
 
 def check(model: nn.Module, group: ChannelGroup, edit: Edit) -> None:
@@ -165,10 +162,11 @@ def check(model: nn.Module, group: ChannelGroup, edit: Edit) -> None:
                 f"'{axis.tensor}' has shape {tuple(shape)}; the graph expects {size} along dimension {axis.dim}.",
                 remedy="The model changed after it was traced: trace it again.",
             )
-    for kind, table in (("map", edit.reads), ("shift", edit.shift)):
-        for key, value in table.items():
-            if not bool(torch.isfinite(value).all()):
-                raise EditError(f"The {kind} of '{key[0]}' is not finite.", remedy="Raise the ridge, or check the data.")
+    for name, value in edit.tensors().items():
+        if not bool(torch.isfinite(value).all()):
+            kind, _, key = name.partition(":")
+            of = key.rpartition(":")[0] or group.name
+            raise EditError(f"The {kind} of '{of}' is not finite.", remedy="Raise the ridge, or check the data.")
 
 
 def apply(
@@ -199,15 +197,17 @@ def apply(
     """
     group = graph[edit.group]
     check(model, group, edit)
+    optim.assert_live(model, optimizers)
+    new_graph = after(graph, edit)
     undo = Undo()
     try:
         for target in [model, *companions]:
             _apply_to(target, graph, group, edit, optimizers if target is model else (), undo)
+        optim.assert_live(model, optimizers)
     except BaseException:
         undo.restore()
         raise
-    optim.assert_live(model, optimizers)
-    return after(graph, edit), undo
+    return new_graph, undo
 
 
 def _apply_to(
@@ -220,17 +220,16 @@ def _apply_to(
 ) -> None:
     names = list(dict.fromkeys(axis.tensor for axis in group.axes))
     if not isinstance(target, nn.Module):
-        for name in names:
-            if name in target:
-                undo.mappings.append((target, name, target[name]))
-                target[name] = new_value(target[name], group, edit, name)
+        _apply_to_mapping(target, graph, group, edit, names, undo)
         return
     module = target.module if isinstance(target, torch.optim.swa_utils.AveragedModel) else target
-    values = _shifted_biases(module, group, edit)
+    values = _shifted_biases(lambda name: _tensor_or_none(module, name), group, edit)
     found = {name: find_tensor(module, name) for name in {**dict.fromkeys(names), **values}}
     values |= {name: new_value(values.get(name, found[name][2]), group, edit, name) for name in names}
     states = {
-        name: optim.new_states(optimizers, found[name][2], group, edit, name) for name in names if found[name][2] is not None
+        name: optim.new_states(optimizers, found[name][2], group, edit, name)
+        for name in names
+        if found[name][2] is not None
     }
     for name, value in values.items():
         owner, leaf, old = found[name]
@@ -241,7 +240,36 @@ def _apply_to(
             optimizer.state[old] = {} if state is None else state
         before = put_tensor(module, owner, leaf, value, optimizers)
         undo.tensors.append((module, owner, leaf, before, tuple(optimizers)))
-    undo.attributes += sync_sizes(module, group, edit, names)
+        if before is old:
+            undo.replaced.append(old)
+    sync_sizes(module, group, edit, names, undo.attributes)
+
+
+def _apply_to_mapping(
+    target: MutableMapping[str, Tensor],
+    graph: ChannelGraph,
+    group: ChannelGroup,
+    edit: Edit,
+    names: Sequence[str],
+    undo: Undo,
+) -> None:
+    """Edit what a mapping holds of a group, under any of the tied tensors' names."""
+    spelled = {name: [name, *(a for a, first in graph.aliases.items() if first == name)] for name in names}
+    held = {name: [s for s in spellings if s in target] for name, spellings in spelled.items()}
+    for name in names:
+        foreign = next((key for key in target if key.endswith(f".{name}")), None)
+        if not held[name] and foreign is not None and foreign not in graph.shapes:
+            raise EditError(
+                f"The averaged copy names '{name}' as '{foreign}'.", remedy="Key it by the model's own parameter names."
+            )
+    old = {spelling: target[spelling] for spellings in held.values() for spelling in spellings}
+    reads = [tensor for tensor, _ in edit.shift]
+    shifted = _shifted_biases(target.get, group, edit) if all(tensor in target for tensor in reads) else {}
+    old |= {name: target[name] for name in shifted}
+    new = {s: new_value(shifted.get(s, target[s]), group, edit, name) for name, all_s in held.items() for s in all_s}
+    for spelling, value in (shifted | new).items():
+        undo.mappings.append((target, spelling, old[spelling]))
+        target[spelling] = value
 
 
 def after(graph: ChannelGraph, edit: Edit) -> ChannelGraph:
@@ -390,6 +418,8 @@ def _gauge_after(gauge: Any, group: ChannelGroup, edit: Edit, plans: Mapping[tup
         where = torch.full((edit.n_after, axis.index.shape[1]), -1, dtype=torch.long)
         where[plan.channel[mine], plan.slot[mine]] = mine
         old = axis.index[edit.carry]
-        belongs = torch.stack([(row[:, None] == index[freedom[c]][None, :]).any(1) for row, c in zip(old, edit.carry, strict=True)])
+        belongs = torch.stack(
+            [(row[:, None] == index[freedom[c]][None, :]).any(1) for row, c in zip(old, edit.carry, strict=True)]
+        )
         axes.append((t, d, s, e, _trim(torch.where(belongs & (old >= 0), where, -1))))
     return replace(gauge, channel=torch.arange(edit.n_after), axes=tuple(axes))

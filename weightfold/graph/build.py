@@ -15,6 +15,9 @@ from weightfold.graph import labels as L
 from weightfold.graph.group import Axis, ChannelGroup, Frozen, Gauge
 from weightfold.graph.labels import Store
 
+OUTPUT = "reaches the model's output"
+"""The reason that explains most: no edit inside can change what the model returns."""
+
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
@@ -118,12 +121,14 @@ def solve(store: Store) -> Facts:
     atom_flags = np.zeros(n, np.int64)
     comp_flags = np.zeros(n_comps, np.int64)
     reason: dict[int, dict[int, int]] = {}
-    for event, (atoms, bit, _, _) in enumerate(store.flags):
+    for event, (atoms, bit, _, text) in enumerate(store.flags):
         index = atoms.numpy()
         atom_flags[index] |= bit
         if bit not in (L.READ, L.WRITE, L.COMPUTED):
             first = reason.setdefault(bit, {})
             for c in np.unique(comp[index]):
+                if text == OUTPUT:
+                    first[int(c)] = event
                 first.setdefault(int(c), event)
     _spread_read(store, atom_flags)
     np.bitwise_or.at(comp_flags, comp, atom_flags)
@@ -268,16 +273,10 @@ def _grids(facts: Facts) -> tuple[list[list[Ints]], Ints]:
 
 def _reason(facts: Facts, comps: Ints, bits: int, where: Sequence[str]) -> str:
     """The first recorded reason for any of some flags on any of some components."""
-    best: int | None = None
-    for bit, first in facts.reason.items():
-        if bit & bits:
-            for c in comps.tolist():
-                event = first.get(c)
-                if event is not None and (best is None or event < best):
-                    best = event
-                    break
-    if best is None:
+    events = [first[c] for bit, first in facts.reason.items() if bit & bits for c in comps.tolist() if c in first]
+    if not events:
         return "is laid out in a grid whose lines overlap"
+    best = min(events, key=lambda event: (facts.store.flags[event][3] != OUTPUT, event))
     _, _, node, text = facts.store.flags[best]
     return f"{text}{where[node]}" if text else f"is part of a layout that cannot change{where[node]}"
 
@@ -379,9 +378,7 @@ class Builder:
         if "remove" in admits and flags & (L.NO_REMOVE | L.NO_REMOVE_IN):
             self._revoke(admits, reasons, "remove", comps, L.NO_REMOVE | L.NO_REMOVE_IN)
         if "merge" in admits and flags & (L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN):
-            self._revoke(
-                admits, reasons, "merge", comps, L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN
-            )
+            self._revoke(admits, reasons, "merge", comps, L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN)
         if "remove" in admits and (fixed.any() or not even):
             text = "shares a layout with channels that are frozen, or whose blocks differ in size"
             admits -= {"remove", "merge"}
@@ -421,7 +418,9 @@ class Builder:
         admits.discard(kind)
         reasons[kind] = _reason(self.facts, comps, bits, self.where)
 
-    def _axes(self, rows: Ints, channel: Ints, n: int, *, paired: bool = False, whole: bool = False) -> tuple[Axis, ...]:
+    def _axes(
+        self, rows: Ints, channel: Ints, n: int, *, paired: bool = False, whole: bool = False
+    ) -> tuple[Axis, ...]:
         """The axes of a group. ``paired``: channels of queries and keys; ``whole``: blocks, whose parts all write."""
         facts, base = self.facts, self.facts.base
         axes = []
@@ -443,12 +442,18 @@ class Builder:
         return tuple(axes)
 
     def _modules(self, rows: Ints) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.facts.store.seeds[s].tensor.rpartition(".")[0] for s in np.unique(self.facts.base.seed[rows])))
+        return tuple(
+            dict.fromkeys(
+                self.facts.store.seeds[s].tensor.rpartition(".")[0] for s in np.unique(self.facts.base.seed[rows])
+            )
+        )
 
     def _name(self, axes: Sequence[Axis], suffix: str = "") -> str:
         first = next((a for a in axes if a.role == "write"), axes[0])
         module, _, leaf = first.tensor.rpartition(".")
-        name = (module if leaf.startswith(("weight", "bias")) and "_l" not in leaf and module else first.tensor) + suffix
+        name = (
+            module if leaf.startswith(("weight", "bias")) and "_l" not in leaf and module else first.tensor
+        ) + suffix
         candidate, k = name, 2
         while candidate in self.names:
             candidate = f"{name}#{k}"
@@ -515,7 +520,11 @@ class Builder:
         admits, reasons = {"permute", "remove", "merge"}, {}
         if flags & L.NO_REMOVE:
             self._revoke(admits, reasons, "remove", np.concatenate([roots, children]), L.NO_REMOVE)
-        if flags & (L.NO_MERGE | L.NO_REMOVE) or any(a.role == "both" for a in axes) or not any(a.role == "read" for a in axes):
+        if (
+            flags & (L.NO_MERGE | L.NO_REMOVE)
+            or any(a.role == "both" for a in axes)
+            or not any(a.role == "read" for a in axes)
+        ):
             self._revoke(admits, reasons, "merge", np.concatenate([roots, children]), L.NO_MERGE | L.NO_REMOVE)
         return ChannelGroup(
             name=self._name(axes, ".blocks"),
@@ -544,7 +553,7 @@ class Builder:
             rows_id = next(i for i, s in enumerate(seeds) if s.tensor == seed.tensor and s.dim == 0)
             rows = base.seed == rows_id
             slab = base.pos[rows] // (seeds[rows_id].n // seed.slabs)
-            if (dict(pairs.T.tolist()) != dict(zip(slab.tolist(), block_of_atom[rows].tolist(), strict=True))):
+            if dict(pairs.T.tolist()) != dict(zip(slab.tolist(), block_of_atom[rows].tolist(), strict=True)):
                 return True
         return False
 
@@ -572,7 +581,9 @@ class Builder:
         for group in groups:
             if group.kind == "channels" and group.free:
                 for axis in group.axes:
-                    covered.setdefault((axis.tensor, axis.dim, axis.slabs), set()).update(axis.index[axis.index >= 0].tolist())
+                    covered.setdefault((axis.tensor, axis.dim, axis.slabs), set()).update(
+                        axis.index[axis.index >= 0].tolist()
+                    )
         starts = np.cumsum([0, *(seed.n for seed in facts.store.seeds)])
         out = []
         for seed_id, seed in enumerate(facts.store.seeds):

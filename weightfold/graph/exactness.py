@@ -115,7 +115,9 @@ def _one_per_block(group: ChannelGroup, generator: torch.Generator, n: int) -> l
     return [torch.tensor(s) for s in sets]
 
 
-def _edit_rows(model: nn.Module, group: ChannelGroup, roles: set[str], change: Callable[[Tensor, Tensor], None]) -> None:
+def _edit_rows(
+    model: nn.Module, group: ChannelGroup, roles: set[str], change: Callable[[Tensor, Tensor], None]
+) -> None:
     """Let ``change(front, index)`` write into the rows of every axis of some roles, tensor by tensor."""
     for axis in group.axes:
         if axis.role not in roles:

@@ -100,7 +100,7 @@ class ChannelGroup:
 
     def without(self, kinds: set[str], reason: str) -> ChannelGroup:
         """The same group with some edits revoked."""
-        lost = {kind: reason for kind in kinds & self.admits}
+        lost = dict.fromkeys(kinds & self.admits, reason)
         return replace(self, admits=self.admits - kinds, reasons={**self.reasons, **lost})
 
     def __repr__(self) -> str:
@@ -196,4 +196,6 @@ def _validate_axis(group: ChannelGroup, axis: Axis, shapes: Mapping[str, tuple[i
             remedy="The model changed after it was traced: trace it again.",
         )
     if torch.unique(used).numel() != used.numel():
-        raise GraphError(f"Two channels of group '{group.name}' claim one position of '{axis.tensor}' dimension {axis.dim}.")
+        raise GraphError(
+            f"Two channels of group '{group.name}' claim one position of '{axis.tensor}' dimension {axis.dim}."
+        )

@@ -279,7 +279,9 @@ def _spoken_for(a: Field, b: Field, matches: Sequence[tuple[Field, Field]]) -> b
     return any(x.level == y.level == 1 and x.support == block.support for x, y in matches)
 
 
-def pair_fields(left: Sequence[Field], right: Sequence[Field]) -> tuple[list[tuple[Field, Field]], list[Field], list[Field]]:
+def pair_fields(
+    left: Sequence[Field], right: Sequence[Field]
+) -> tuple[list[tuple[Field, Field]], list[Field], list[Field]]:
     """Decide which field of one value speaks of the same channels as which field of the other.
 
     Equal supports first (same level, then across levels: a per-head bias meets the heads), then any overlap.

@@ -17,7 +17,7 @@ class Layout:
 
     Args:
         source: old position that each new position takes over, shape (N',).
-        channel: new channel at each new position, -1 where the position belongs to no channel of the group, shape (N',).
+        channel: new channel at each new position, -1 where it belongs to no channel of the group, shape (N',).
         slot: which of its channel's positions it is, shape (N',).
     """
 
@@ -142,6 +142,18 @@ def scale_rows(front: Tensor, factors: Tensor) -> Tensor:
     """Multiply each position by its own factor, shape (N,)."""
     shape = (-1,) + (1,) * (front.ndim - 1)
     return (front.double() * factors.to(front.device).reshape(shape)).to(front.dtype)
+
+
+def edited(front: Tensor, axis: Axis, plan: Layout, edit: Edit, factors: Tensor | None) -> Tensor:
+    """What an edit makes of weights along one axis: writers are mixed by A, readers by B, the rest is selected."""
+    reads = axis.role == "read"
+    if reads and (edit.read is not None or axis.key in edit.reads):
+        out = mix(front, axis, plan, edit.B_of(axis.key).T.contiguous())
+    elif not reads and edit.write is not None:
+        out = mix(front, axis, plan, edit.write)
+    else:
+        out = select(front, plan)
+    return out if factors is None else scale_rows(out, factors)
 
 
 def gauge_factors(group: ChannelGroup, axis: Axis, edit: Edit, plan: Layout) -> Tensor | None:

@@ -1,8 +1,9 @@
 """The same edit on optimiser state.
 
 Weights are vectors, gradients covectors: where writers become ``A @ W`` and readers ``W @ B``, the gradient of a writer
-becomes ``B.T @ g`` and that of a reader ``g @ A.T``. First moments follow gradients. Second moments follow their squares:
-gradients of duplicates add up (c copies: c^2 times the square), others add in squares.
+becomes ``B.T @ g`` and that of a reader ``g @ A.T``. First moments follow gradients. Second moments follow their
+squares: gradients of duplicates add up (c copies: c^2 times the square), others add in squares. Steps that were taken,
+and sizes of steps, are those of the channel that is carried on. Averaged weights follow the weights.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from weightfold.errors import EditError
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import Axis, ChannelGroup
-from weightfold.graph.layout import Layout, from_front, gauge_factors, layout, mix, scale_rows, select, to_front
+from weightfold.graph.layout import Layout, edited, from_front, gauge_factors, layout, mix, scale_rows, select, to_front
 
 GRADIENT = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})
 SQUARE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-MAGNITUDE = frozenset({"exp_inf", "step_size"})
-UPDATE = frozenset({"acc_delta", "ax", "delta"})
+MAGNITUDE = frozenset({"exp_inf"})
+UPDATE = frozenset({"acc_delta", "step_size", "delta"})
+WEIGHT = frozenset({"ax"})
 FACTORED = (("row_var", "col_var", True), ("exp_avg_sq_row", "exp_avg_sq_col", False))
-KNOWN = GRADIENT | SQUARE | MAGNITUDE | UPDATE | {"row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col"}
 
 
 def _dual(axis: Axis, edit: Edit) -> Tensor | None:
@@ -60,7 +61,7 @@ def _inside(plan: Layout, front: Tensor) -> Tensor:
     return (plan.channel >= 0).to(front.device).reshape(-1, *(1,) * (front.ndim - 1))
 
 
-def _update(front: Tensor, axis: Axis, plan: Layout, edit: Edit, factors: Tensor | None) -> Tensor:
+def _update(front: Tensor, _axis: Axis, plan: Layout, _edit: Edit, factors: Tensor | None) -> Tensor:
     out = select(front, plan)
     return out if factors is None else scale_rows(out, factors)
 
@@ -87,7 +88,7 @@ def _rule(optimizer: torch.optim.Optimizer, key: str) -> Callable[..., Tensor] |
         return _square
     if key in MAGNITUDE:
         return _magnitude
-    return _update if key in UPDATE else None
+    return _update if key in UPDATE else edited if key in WEIGHT else None
 
 
 def _factored(state: dict[str, Any], shape: torch.Size, through: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -100,7 +101,10 @@ def _factored(state: dict[str, Any], shape: torch.Size, through: Callable[[Tenso
         full = row * col / row.mean(-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
         full = through(full.expand(shape))
         new_row, new_col = full.mean(-1, keepdim=True), full.mean(-2, keepdim=True)
-        return {row_key: new_row if keepdim else new_row.squeeze(-1), col_key: new_col if keepdim else new_col.squeeze(-2)}
+        return {
+            row_key: new_row if keepdim else new_row.squeeze(-1),
+            col_key: new_col if keepdim else new_col.squeeze(-2),
+        }
     return {}
 
 
@@ -155,4 +159,6 @@ def assert_live(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -
                     )
                 for key, value in optimizer.state.get(p, {}).items():
                     if isinstance(value, Tensor) and key in GRADIENT | SQUARE and value.shape != p.shape:
-                        raise EditError(f"State '{key}' of '{live[id(p)]}' has shape {tuple(value.shape)}, not {tuple(p.shape)}.")
+                        raise EditError(
+                            f"State '{key}' of '{live[id(p)]}' has shape {tuple(value.shape)}, not {tuple(p.shape)}."
+                        )

@@ -258,7 +258,11 @@ def _subsets(attributes: Sequence[Attribute]) -> Iterator[tuple[Attribute, ...]]
     """All at once, the exact sizes, one by one, pairs, triples: the usual cases first."""
     own = tuple(a for a in attributes if "." not in a[1])
     seen: set[tuple[Attribute, ...]] = set()
-    firsts: Iterable[tuple[Attribute, ...]] = (own, tuple(a for a in own if a[2] == 1), tuple(a for a in own if a[2] != 1))
+    firsts: Iterable[tuple[Attribute, ...]] = (
+        own,
+        tuple(a for a in own if a[2] == 1),
+        tuple(a for a in own if a[2] != 1),
+    )
     rest = itertools.chain.from_iterable(itertools.combinations(attributes, k) for k in range(1, 5))
     for chosen in itertools.islice(itertools.chain(firsts, rest), MAX_TRIALS):
         if chosen and chosen not in seen:

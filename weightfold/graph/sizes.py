@@ -85,15 +85,14 @@ def _strip(path: str) -> str:
     return "" if path.startswith("parametrizations.") else path
 
 
-def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequence[str]) -> list[Change]:
+def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequence[str], changes: list[Change]) -> None:
     """Set the attributes of every module that owns an edited tensor, and those in the group's own plan.
 
-    Returns:
-        The values before, for undoing.
+    Args:
+        changes: takes up the values before, one by one, for undoing.
     """
-    changes: list[Change] = []
     if not edit.resizes:
-        return changes
+        return
     rows = {a.tensor: a.size for a in group.axes if a.dim == 0}
     owners: dict[int, tuple[nn.Module, str]] = {}
     for name in names:
@@ -104,7 +103,6 @@ def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequenc
         _sync_module(owner, group.kind == "blocks", rows.get(name), changes)
     for path, name, factor in group.attributes:
         set_attribute(model.get_submodule(path), name, int(edit.n_after * factor), changes)
-    return changes
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:

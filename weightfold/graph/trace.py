@@ -1,7 +1,7 @@
 """Trace any `nn.Module` into a `ChannelGraph`.
 
-`torch.export` (non-strict, no decompositions) gives the operators; `rules` say what each does to channels; `build` takes
-the connected components. Nothing of the model is touched: a structural copy that shares its tensors is traced.
+`torch.export` (non-strict, no decompositions) gives the operators; `rules` say what each does to channels; `build`
+takes the connected components. Nothing of the model is touched: a structural copy that shares its tensors is traced.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import linecache
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +21,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from weightfold.errors import TraceError
-from weightfold.graph import convolution, recurrent, rules
 from weightfold.graph import labels as L
-from weightfold.graph.build import Builder, solve
+from weightfold.graph import rules
+from weightfold.graph.build import OUTPUT, Builder, solve
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
-
-assert convolution is not None
-assert recurrent is not None
 
 Example = Any
 """One tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -37,7 +35,12 @@ def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments that an example stands for."""
     if isinstance(example, Mapping):
         return (), dict(example)
-    if isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
+    if (
+        isinstance(example, tuple)
+        and len(example) == 2
+        and isinstance(example[0], tuple)
+        and isinstance(example[1], dict)
+    ):
         return example
     return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
 
@@ -46,7 +49,7 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambd
     """Copy the modules but not the tensors, and leave hooks behind.
 
     Args:
-        tensor: what to put in place of each parameter and buffer (the identity shares them; a meta copy costs no memory).
+        tensor: what to put in place of each parameter and buffer (the identity shares them; a meta copy costs nothing).
     """
     memo: dict[int, Any] = {}
     for source in (*model.parameters(), *model.buffers()):
@@ -198,7 +201,7 @@ class Interpreter:
             return pytree.tree_map_only(torch.fx.Node, lambda n: env[n], a)
 
         args, kwargs = get(list(node.args)), get(dict(node.kwargs))
-        if node.target is rules_getitem:
+        if node.target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], (list, tuple)) else args[0]
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._higher_order(node, args, kwargs)
@@ -215,7 +218,7 @@ class Interpreter:
             return rules.apply_rule(self.store, node, args, kwargs)
         except (RuntimeError, IndexError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             text = f"'{node.target}' is called in a way its rule does not know ({type(error).__name__})"
-            for value in rules._flat([*args, *kwargs.values()]):
+            for value in rules.values_in([*args, *kwargs.values()]):
                 self.store.freeze(value, text)
             return rules.shapes_of(node)
 
@@ -226,7 +229,7 @@ class Interpreter:
         if inner is not None and name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             at = next(i for i, a in enumerate(args) if a is inner)
             return self.run(inner, args[at + 1 :])
-        if not any(v.fields for v in rules._flat(args)):
+        if not any(v.fields for v in rules.values_in(args)):
             return rules.shapes_of(node)
         return rules.unknown(self.store, node, *args, **kwargs)
 
@@ -237,25 +240,26 @@ class Interpreter:
             return
         env[target] = result
         base = target
-        while base.op == "call_function" and rules.node_name(base) in rules.MOVES and isinstance(base.args[0], torch.fx.Node):
+        while (
+            base.op == "call_function"
+            and rules.node_name(base) in rules.MOVES
+            and isinstance(base.args[0], torch.fx.Node)
+        ):
             base = base.args[0]
             old = env.get(base)
             if not isinstance(old, Value):
                 break
-            unary = len(rules._flat(args)) == 1
+            unary = len(rules.values_in(args)) == 1
             if unary:
                 for item in old.fields:
                     self.store.kill(item)
-                env[base] = L.replace(old, fields=tuple(f.without_gauge() for f in old.fields), uniform=False, zero=False)
+                env[base] = L.replace(
+                    old, fields=tuple(f.without_gauge() for f in old.fields), uniform=False, zero=False
+                )
             else:
-                for value in (old, *rules._flat(args)):
+                for value in (old, *rules.values_in(args)):
                     self.store.freeze(value, "is written in place through a view")
                 env[base] = Value(old.shape)
-
-
-import operator  # noqa: E402
-
-rules_getitem = operator.getitem
 
 
 def trace(model: nn.Module, example: Example) -> ChannelGraph:
@@ -286,7 +290,7 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
     for value in outputs:
         if isinstance(value, Value):
             store.touch(value)
-            store.freeze(value, "reaches the model's output")
+            store.freeze(value, OUTPUT)
     builder = Builder(solve(store), interpreter.where)
     groups = tuple(builder.channel_groups() + builder.block_groups())
     graph = ChannelGraph(
@@ -310,7 +314,9 @@ def _lifted(program: torch.export.ExportedProgram) -> list[float]:
     return out
 
 
-def _inputs(program: torch.export.ExportedProgram, aliases: Mapping[str, str], values: Mapping[str, Value]) -> list[Any]:
+def _inputs(
+    program: torch.export.ExportedProgram, aliases: Mapping[str, str], values: Mapping[str, Value]
+) -> list[Any]:
     """Values of the program's placeholders: parameters with labels, everything else without."""
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

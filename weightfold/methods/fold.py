@@ -55,6 +55,8 @@ class FoldConfig(Config):
     """share of channels that every group keeps"""
     macs: float | None = Field(default=None, gt=0, le=1)
     """share of multiply-accumulates to keep, in place of `keep`: widths are then chosen by cost"""
+    widths: dict[str, int] | None = None
+    """channels that each group keeps, by name, in place of `keep` and `macs`: the same widths as another plan"""
     at: float = Field(default=0.1, ge=0, lt=1)
     """when to fold, as a share of the run's steps; a one-shot folds at once"""
     ridge: float | None = Field(default=None, ge=0)
@@ -476,6 +478,8 @@ class Fold(Method):
 
     def _widths(self, moment: Moment, jobs: Sequence[_Job]) -> Widths:
         groups = [job.group for job in jobs]
+        if self.config.widths is not None:
+            return {g.name: self._grid().given(g, self.config.widths.get(g.name, g.n_channels)) for g in groups}
         if self.config.macs is None:
             return uniform(groups, self.config.keep, self._grid())
         macs = MacModel.of(moment.model, moment.graph, moment.example)

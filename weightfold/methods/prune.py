@@ -202,7 +202,7 @@ class Prune(Method):
     def _widths(self, moment: Moment, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor]) -> Widths:
         config, grid = self.config, self._grid()
         if config.widths is not None:
-            return {g.name: _allowed(g, config.widths[g.name]) for g in groups if g.name in config.widths}
+            return {g.name: grid.given(g, config.widths[g.name]) for g in groups if g.name in config.widths}
         if config.macs is None:
             return uniform(groups, config.keep, grid)
         macs = MacModel.of(moment.model, moment.graph, moment.example)
@@ -232,17 +232,6 @@ class Prune(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._done = bool(state["done"])
-
-
-def _allowed(group: ChannelGroup, width: int) -> int:
-    """Check a width that the user gave."""
-    blocks = 1 if group.block is None else int(group.block.max()) + 1
-    if not 1 <= width <= group.n_channels or width % blocks:
-        raise ConfigError(
-            f"Group '{group.name}' has {group.n_channels} channels in {blocks} block(s); it cannot keep {width}.",
-            remedy=f"Give a multiple of {blocks} from {blocks} to {group.n_channels}.",
-        )
-    return width
 
 
 def _lost_share(group: ChannelGroup, score_C: Tensor, width: int) -> float:

@@ -48,5 +48,6 @@ def render(facts: Facts) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} · weightfold</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
-        f"<body><main>{''.join(parts)}<footer>Written by weightfold {escape(__version__)}.</footer></main></body></html>\n"
+        f"<body><main>{''.join(parts)}<footer>Written by weightfold {escape(__version__)}.</footer></main></body>"
+        "</html>\n"
     )

@@ -57,6 +57,7 @@ def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     arms = results["arms"]
     dense, folded = arms.get("dense"), arms.get("folded")
+    low, high = (results.get("paired") or {}).get("interval", (1.0, 1.0))
     score = {
         "name": f"test {results['score']}",
         "key": "score",
@@ -65,6 +66,7 @@ def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         "dense": dense and dense["score"],
         "folded": folded and folded["score"],
         "change": 100 * (folded["score"] - dense["score"]) if dense and folded else None,
+        "beyond_chance": not low <= 0 <= high,
         "change_unit": "points" if results["score"] == "accuracy" else "hundredths",
     }
     return [score, *(_row(row, dense, folded) for row in ROWS)]

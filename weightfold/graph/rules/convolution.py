@@ -9,7 +9,8 @@ import torch
 
 from weightfold.graph import algebra
 from weightfold.graph.labels import FROZEN, Field, Store, Value, compress
-from weightfold.graph.rules import out_shape, plus_bias, rule, tap, unknown
+from weightfold.graph.rules.core import out_shape, rule, unknown
+from weightfold.graph.rules.products import plus_bias, tap
 
 WINDOW = "is the window of a kernel"
 
@@ -45,7 +46,9 @@ def _flat_kernel(store: Store, weight: Value) -> Value:
 
 
 def _plain(store: Store, x: Value, w_oi: Value) -> Value:
-    left = replace(x, shape=(x.shape[0], 1, x.shape[1]), fields=tuple(f.map(lambda a: a.unsqueeze(1)) for f in x.fields))
+    left = replace(
+        x, shape=(x.shape[0], 1, x.shape[1]), fields=tuple(f.map(lambda a: a.unsqueeze(1)) for f in x.fields)
+    )
     out = algebra.contract(store, left, w_oi, frozenset({2}))
     return replace(out, shape=out.shape[:2], fields=tuple(f.map(lambda a: a.squeeze(2)) for f in out.fields))
 
@@ -105,7 +108,9 @@ def _grouped(store: Store, x: Value, weight: Value, name: str, groups: int) -> V
             fields.append(wide)
             if item.level == 0:
                 store.members.append(tuple(torch.broadcast_tensors(wide.labels, blocks)))
-                store.rect(wide.labels.expand(x.shape[0] if wide.labels.shape[0] > 1 else 1, groups, 1, n_in).reshape(-1, n_in))
+                store.rect(
+                    wide.labels.expand(x.shape[0] if wide.labels.shape[0] > 1 else 1, groups, 1, n_in).reshape(-1, n_in)
+                )
     left = Value((x.shape[0], groups, 1, n_in), (*fields, block) if fields else ())
     out = algebra.contract(store, left, kernel, frozenset({3}))
     kept = []
@@ -140,7 +145,9 @@ def _convolve(
 
 
 @rule("conv1d", "conv2d", "conv3d")
-def conv(store: Store, node: torch.fx.Node, x: Value, weight: Value, bias: Any = None, *rest: Any, **kwargs: Any) -> Any:
+def conv(
+    store: Store, node: torch.fx.Node, x: Value, weight: Value, bias: Any = None, *rest: Any, **kwargs: Any
+) -> Any:
     groups = rest[3] if len(rest) > 3 else kwargs.get("groups", 1)
     return _convolve(store, node, x, weight, bias, groups, False)
 

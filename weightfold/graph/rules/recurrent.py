@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from weightfold.graph.labels import FROZEN, READ, WRITE, Field, Store, Value
-from weightfold.graph.rules import linear, rule, shapes_of
+from weightfold.graph.rules.core import rule, shapes_of
+from weightfold.graph.rules.products import linear
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -129,17 +130,21 @@ def _recurrent(kind: str) -> Any:
         stacked = torch.cat([o.labels for o in outs], 0).reshape(len(outs), 1, -1)
         none = torch.zeros_like(stacked)
         last = Value(result[1].shape, (Field(stacked, none, none),) if stacked.numel() > 1 else ())
-        for out in outs if node_uses_state(node) else []:
+        for out in outs if node_uses(node, 1) else []:
             store.kill(out)
         output = Value(result[0].shape, _fit(x.fields, len(result[0].shape)))
-        rest = [last] + [Value(r.shape) for r in result[2:]]
-        for r in result[2:]:
-            if node_uses(node, 2) and r is not None:
-                for cell in cells:
-                    store.flag(_labels(cell.w_hh, 0), FROZEN, "has its cell state returned")
+        rest = [last, *(Value(r.shape, _states(cells, kind)) for r in result[2:])]
         return [output, *rest]
 
     return run
+
+
+def _states(cells: Sequence[Cell], kind: str) -> tuple[Field, ...]:
+    """Labels of the cell states of all layers and directions, (L, 1, H)."""
+    rows = [_labels(c.w_hh, 0).reshape(GATES[kind], -1)[0] for c in cells]
+    labels = torch.stack(rows).unsqueeze(1)
+    none = torch.zeros_like(labels)
+    return (Field(labels, none, none),) if labels.numel() > 1 else ()
 
 
 def _output(x: Value, joined: Field) -> Value:
@@ -166,16 +171,14 @@ def node_uses(node: torch.fx.Node, index: int) -> bool:
     return any(len(user.args) > 1 and user.args[1] == index and user.users for user in node.users)
 
 
-def node_uses_state(node: torch.fx.Node) -> bool:
-    return node_uses(node, 1)
-
-
 for _kind in GATES:
     rule(_kind)(_recurrent(_kind))
 
 
 def _cell(kind: str) -> Any:
-    def run(store: Store, node: torch.fx.Node, x: Value, hx: Any, w_ih: Value, w_hh: Value, *biases: Value | None) -> Any:
+    def run(
+        store: Store, node: torch.fx.Node, x: Value, hx: Any, w_ih: Value, w_hh: Value, *biases: Value | None
+    ) -> Any:
         linear(store, node, x, w_ih)
         hidden = hx[0] if isinstance(hx, (list, tuple)) else hx
         if not hidden.uniform or hidden.fields:

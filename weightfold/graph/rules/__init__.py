@@ -1,0 +1,23 @@
+"""One small rule per operator; a file per family of operators."""
+
+from weightfold.graph.rules import convolution, moves, pointwise, products, recurrent, reductions
+from weightfold.graph.rules.core import MOVES, RULES, in_place, node_name, rule, shapes_of, unknown, values_in
+from weightfold.graph.rules.dispatch import apply_rule
+
+__all__ = [
+    "MOVES",
+    "RULES",
+    "apply_rule",
+    "convolution",
+    "in_place",
+    "moves",
+    "node_name",
+    "pointwise",
+    "products",
+    "recurrent",
+    "reductions",
+    "rule",
+    "shapes_of",
+    "unknown",
+    "values_in",
+]

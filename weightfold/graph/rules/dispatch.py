@@ -1,0 +1,46 @@
+"""Find the rule of an operator and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from weightfold.graph.labels import Store, Value
+from weightfold.graph.rules.core import MOVES, RULES, node_name, out_shape, shapes_of, unknown, values_in
+from weightfold.graph.rules.pointwise import pointwise
+
+CONSTANTS = {"zeros": 0, "ones": 1, "full": 1, "zeros_like": 0, "ones_like": 1, "full_like": 1, "new_zeros": 0,
+             "new_ones": 1, "new_full": 1, "scalar_tensor": 1}  # fmt: skip
+
+
+def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Find the rule of a node's operator and run it."""
+    name = node_name(node)
+    values = values_in(list(args) + list(kwargs.values()))
+    if name in CONSTANTS:
+        return Value(out_shape(node), uniform=True, zero=CONSTANTS[name] == 0)
+    if name == "_assert_tensor_metadata":
+        return None
+    tags = getattr(node.target, "tags", ())
+    if not any(v.fields for v in values):
+        return _unlabelled(node, name, values, torch.Tag.pointwise in tags)
+    if name not in MOVES:
+        store.touch(*values)
+    if name in RULES:
+        return RULES[name](store, node, *args, **kwargs)
+    if torch.Tag.pointwise in tags:
+        return pointwise(store, node, *args, **kwargs)
+    return unknown(store, node, *args, **kwargs)
+
+
+def _unlabelled(node: torch.fx.Node, name: str, values: Sequence[Value], pointwise_op: bool) -> Any:
+    """No channel is met: only remember whether the result is a constant."""
+    result = shapes_of(node)
+    if isinstance(result, Value) and values and (name in MOVES or pointwise_op):
+        uniform = all(v.uniform or v.shape == () for v in values)
+        zero = name in MOVES and name != "pad" and all(v.zero for v in values)
+        return replace(result, uniform=uniform, zero=zero, state=all(v.state for v in values))
+    return result

@@ -1,0 +1,259 @@
+"""Rules of operators that move data: labels move along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightfold.graph import algebra
+from weightfold.graph.labels import FOREIGN, FROZEN, UNIFORM, ZERO, Field, Store, Value, compress, kept
+from weightfold.graph.rules.core import call, node_name, on, out_shape, rule, values_in
+
+
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "view_as",
+    "reshape_as",
+    move=True,
+)
+def view(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    return algebra.reshape(store, x, out_shape(node))
+
+
+@rule("clone", "contiguous", "alias", "detach", "to", "_to_copy", "lift_fresh_copy", "type_as", "float", "double", "half",
+      "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "requires_grad", "positive", "bernoulli",
+      "convert_element_type", "lift", move=True)  # fmt: skip
+def same(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Any:
+    return [x, Value(x.shape)] if isinstance(node.meta.get("val"), (tuple, list)) else x
+
+
+@rule("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT", "moveaxis", "adjoint", move=True)
+def reorder(store: Store, node: torch.fx.Node, x: Value, *args: Any, **_: Any) -> Value:
+    probe = [1] * len(x.shape)
+    order: list[int] = []
+    for d in range(len(x.shape)):
+        probe[d] = 2
+        order.append(list(call(node, torch.empty(probe, device="meta"), *args).shape).index(2))
+        probe[d] = 1
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return algebra.permute(x, inverse)
+
+
+@rule("expand", "expand_as", "broadcast_to", move=True)
+def expand(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    shape = out_shape(node)
+    return replace(x.lifted(len(shape)), shape=shape, name=None)
+
+
+def along(store: Store, node: torch.fx.Node, x: Value, dim: int, args: tuple, kwargs: dict, index: int | None) -> Value:
+    """Run a movement along one dimension on the labels that vary there; other labels pass."""
+    shape = out_shape(node, index)
+    gone = len(shape) < len(x.shape)
+    fields = []
+    for item in x.fields:
+
+        def run(array: Tensor) -> Tensor:
+            full = [x.shape[dim] if d == dim else n for d, n in enumerate(array.shape)]
+            out = call(node, array.expand(full), *args, **kwargs)
+            return out if index is None else out[index]
+
+        if dim in item.support:
+            fields += kept(store, item.map(run))
+        elif 0 not in shape:
+            fields.append(item.map(lambda array: array.squeeze(dim)) if gone else item)
+    return replace(x, shape=shape, fields=tuple(fields), name=None)
+
+
+@rule("slice", "narrow", "index_select", "roll", "unfold", move=True)
+def cut(store: Store, node: torch.fx.Node, x: Value, dim: int = 0, *args: Any, **kwargs: Any) -> Value:
+    if (
+        isinstance(dim, (list, tuple))
+        or any(isinstance(a, Value) for a in args)
+        or kwargs
+        or node_name(node)
+        in (
+            "roll",
+            "unfold",
+        )
+    ):
+        return execute(store, node, x, dim, *args, **kwargs)
+    d = on(x, dim)
+    return along(store, node, x, d, (d, *args), {}, None)
+
+
+@rule("select", move=True)
+def select(store: Store, node: torch.fx.Node, x: Value, dim: int, index: int) -> Value:
+    d = on(x, dim)
+    return along(store, node, x, d, (d, index), {}, None)
+
+
+@rule("unbind", move=True)
+def unbind(store: Store, node: torch.fx.Node, x: Value, dim: int = 0) -> list[Value]:
+    d = on(x, dim)
+    return [along(store, node, x, d, (d,), {}, i) for i in range(x.shape[d])]
+
+
+@rule("split", "chunk", "split_with_sizes", "tensor_split", move=True)
+def split(store: Store, node: torch.fx.Node, x: Value, sizes: Any, dim: int = 0) -> list[Value]:
+    d = on(x, dim)
+    parts = [along(store, node, x, d, (sizes, d), {}, i) for i in range(len(node.meta["val"]))]
+    lengths = {part.shape[d] for part in parts}
+    if len(lengths) == 1 and len(parts) > 1 and not x.raw:
+        for item in x.fields:
+            if item.level == 0 and d in item.support:
+                shape = [x.shape[d] if i == d else n for i, n in enumerate(item.labels.shape)]
+                labels = item.labels.expand(shape).movedim(d, -1)
+                store.rect(labels.reshape(*labels.shape[:-1], len(parts), -1))
+    return parts
+
+
+@rule("repeat", "tile", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
+      "repeat_interleave", "rot90", "diagonal", "as_strided", move=True)  # fmt: skip
+def execute(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Run any movement on the fully expanded labels; data-dependent indices must not touch labelled dimensions."""
+    shape = out_shape(node)
+    if any(isinstance(a, Value) for a in args):
+        return indexed(store, node, x, *args, **kwargs)
+    return algebra.moved(store, x, shape, lambda array: call(node, array, *args, **kwargs))
+
+
+@rule("index", "gather", "take_along_dim", "_unsafe_index", "index_copy", move=True)
+def indexed(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Indexing by data: labels pass only where the result does not depend on the indices."""
+    shape = out_shape(node)
+    for a in values_in(args):
+        store.freeze(a, "is used as an index")
+
+    def fill(a: Any, constant: int) -> Any:
+        if isinstance(a, Value):
+            return torch.full(a.shape, constant, dtype=torch.long)
+        return [fill(b, constant) for b in a] if isinstance(a, (list, tuple)) else a
+
+    fields = []
+    for item in x.fields:
+        try:
+            low, high = (
+                item.map(lambda array, c=c: call(node, array.expand(x.shape), *fill(args, c), **kwargs))
+                for c in (0, -1)
+            )
+        except (RuntimeError, IndexError):
+            low, high = (
+                item.map(lambda array, c=c: call(node, array.expand(x.shape), *fill(args, c), **kwargs)) for c in (0, 0)
+            )
+            high = None
+        if high is None or low.labels.shape != torch.Size(shape) or bool((low.labels != high.labels).any()):
+            store.forbid(x, item, item.support, FROZEN, "is picked by data")
+            continue
+        fields += kept(store, low)
+    return Value(shape, tuple(fields), state=x.state)
+
+
+@rule("cat", "concat", "concatenate", move=True)
+def cat(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 0) -> Value:
+    shape = out_shape(node)
+    d = on(max(parts, key=lambda p: len(p.shape)), dim)
+    parts = [p for p in parts if 0 not in p.shape] or list(parts)
+    fields = []
+    for level in (0, 1):
+        item = _joined(store, parts, d, level)
+        fields += [item] if item is not None else []
+    thin = [_without(part, d) for part in parts]
+    rest = thin[0]
+    for part in thin[1:]:
+        rest = algebra.meet(store, rest, part, "add")
+    return Value(
+        shape,
+        tuple(fields) + rest.fields,
+        state=all(p.state for p in parts),
+        uniform=all(p.zero for p in parts),
+        zero=all(p.zero for p in parts),
+    )
+
+
+def _without(part: Value, d: int) -> Value:
+    shape = tuple(1 if i == d else n for i, n in enumerate(part.shape))
+    return replace(part, shape=shape, fields=tuple(f for f in part.fields if d not in f.support), name=None)
+
+
+def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field | None:
+    """The field of a concatenation along ``d``: every part's labels, constants where a part has none."""
+    found = [[f for f in part.fields if f.level == level and d in f.support] for part in parts]
+    if not any(found) or (level == 1 and not all(found)):
+        return None
+    for extra in (f for fs in found for f in fs[1:]):
+        store.flag(extra.labels, FROZEN, "is concatenated in more than one way")
+        store.kill(extra)
+    ndim = len(parts[0].shape)
+    others = torch.broadcast_shapes(
+        *(tuple(1 if i == d else n for i, n in enumerate(fs[0].labels.shape)) for fs in found if fs)
+    )
+    columns: list[list[Tensor]] = [[], [], []]
+    for part, fs in zip(parts, found, strict=True):
+        shape = tuple(part.shape[d] if i == d else others[i] for i in range(ndim))
+        code = ZERO if part.zero else UNIFORM if part.uniform else FOREIGN
+        none = torch.zeros(shape, dtype=torch.long)
+        arrays = fs[0].arrays() if fs else (none + code, none, none)
+        for column, array in zip(columns, arrays, strict=True):
+            column.append(array.expand(shape))
+    return compress(Field(*(torch.cat(column, d) for column in columns), level))
+
+
+@rule("stack", move=True)
+def stack(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 0) -> Value:
+    d = dim % (len(parts[0].shape) + 1)
+    lifted = [algebra.reshape(store, p, p.shape[:d] + (1,) + p.shape[d:]) for p in parts]
+    pairs = [[f for f in p.fields if f.level == 0] for p in lifted]
+    if any(len(fs) != 1 for fs in pairs):
+        return cat(store, node, lifted, d)
+    shapes = torch.broadcast_shapes(*(fs[0].labels.shape for fs in pairs))
+    arrays = [torch.cat([getattr(fs[0], kind).expand(shapes) for fs in pairs], d) for kind in ("labels", "pos", "sgn")]
+    item = compress(Field(arrays[0], arrays[1], arrays[2]))
+    rest = cat(store, node, [replace(p, fields=p.blocks()) for p in lifted], d)
+    return replace(rest, fields=rest.fields + ((item,) if item is not None else ()), state=all(p.state for p in parts))
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d", move=True)  # fmt: skip
+def pad(store: Store, node: torch.fx.Node, x: Value, pads: Sequence[int], *rest: Any, **kwargs: Any) -> Value:
+    shape = out_shape(node)
+    ndim = len(x.shape)
+    padded = {ndim - 1 - i // 2 for i, n in enumerate(pads) if n}
+    name = node_name(node)
+    constant = name == "constant_pad_nd" or (
+        name == "pad" and (rest[0] if rest else kwargs.get("mode", "constant")) == "constant"
+    )
+    number = (
+        (rest[0] if rest else kwargs.get("value", 0))
+        if name == "constant_pad_nd"
+        else (rest[1] if len(rest) > 1 else kwargs.get("value"))
+    )
+    code = UNIFORM if number else ZERO
+    fields = []
+    for item in x.fields:
+        if not item.support & padded:
+            fields.append(item)
+            continue
+        if not constant:
+            store.forbid(x, item, item.support, FROZEN, "is padded with copies of its neighbours")
+            continue
+        if code == UNIFORM:
+            store.kill(item)
+            item = item.without_gauge()
+        wide = [n if d in padded else item.labels.shape[d] for d, n in enumerate(x.shape)]
+        run = [0 if ndim - 1 - i // 2 not in padded else n for i, n in enumerate(pads)]
+        arrays = [
+            torch.constant_pad_nd(a.expand(wide), run, value)
+            for a, value in zip(item.arrays(), (code, 0, 0), strict=True)
+        ]
+        fields += kept(store, Field(arrays[0], arrays[1], arrays[2], item.level))
+    return Value(shape, tuple(fields), state=x.state, zero=x.zero and code == ZERO, uniform=x.zero and code == ZERO)

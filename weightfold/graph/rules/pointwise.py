@@ -1,0 +1,157 @@
+"""Rules of operators that work element by element; functions of one tensor are measured, not listed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightfold.graph import algebra
+from weightfold.graph.labels import NO_MERGE, NO_REMOVE, OFFSET, Store, Value
+from weightfold.graph.rules.core import node_name, on, rule, without_gauge
+
+
+@lru_cache(maxsize=4096)
+def _measure(packet: Any, slot: int, args: tuple, kwargs: tuple) -> tuple[bool, bool, bool]:
+    """Whether a function of one number is positively homogeneous, odd, and zero at zero: measured, in float64."""
+    x = torch.tensor([1e-30, 1e-6, 0.01, 0.3, 0.7, 1.0, 1.7, 3.0, 11.0, 1e3, 1e9, 1e25], dtype=torch.float64)
+    x = torch.cat([x, -x])
+
+    def f(value: Tensor) -> Tensor:
+        filled = list(args)
+        filled.insert(slot, value)
+        return packet(*filled, **dict(kwargs)).double()
+
+    try:
+        y = f(x)
+        scaled = all(torch.allclose(f(x * s), y * s, rtol=1e-12, atol=0, equal_nan=False) for s in (0.5, 3.7, 1e-4))
+        odd = torch.allclose(f(-x), -y, rtol=1e-12, atol=0, equal_nan=False)
+        zero = float(f(torch.zeros(1, dtype=torch.float64))) == 0.0
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False, False, False
+    return scaled, odd, zero
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def unary(store: Store, node: torch.fx.Node, x: Value, slot: int, args: tuple, kwargs: dict) -> Value:
+    """A function of one tensor, element by element: its symmetries are measured, not listed."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        packet = getattr(torch.ops.aten, name[:-1])
+    try:
+        scaled, odd, zero = _measure(packet, slot, _hashable(args), tuple(sorted(kwargs.items())))
+    except TypeError:
+        scaled = odd = zero = False
+    fields = []
+    for item in x.fields:
+        if item.level == 0:
+            if not scaled:
+                store.kill_pos(item.pos)
+                item = replace(item, pos=torch.zeros_like(item.pos))
+            if not odd:
+                store.kill_sgn(item.sgn)
+                item = replace(item, sgn=torch.zeros_like(item.sgn))
+            if not zero:
+                store.flag(item.labels, OFFSET)
+        fields.append(item)
+    return replace(x, fields=tuple(fields), zero=x.zero and zero, name=None)
+
+
+def pointwise(store: Store, node: torch.fx.Node, *args: Any, **kwargs: Any) -> Value:
+    """Any operator that PyTorch tags as pointwise."""
+    values = [(i, a) for i, a in enumerate(args) if isinstance(a, Value)]
+    if len(values) == 1:
+        slot, x = values[0]
+        rest = tuple(a for i, a in enumerate(args) if i != slot)
+        return unary(store, node, x, slot, rest, kwargs)
+    result = values[0][1]
+    for _, other in values[1:]:
+        result = algebra.meet(store, result, other, "none")
+    _offset(store, result)
+    return replace(result, uniform=result.uniform, zero=False)
+
+
+def _offset(store: Store, value: Value) -> None:
+    for item in value.fields:
+        if item.level == 0:
+            store.flag(item.labels, OFFSET)
+
+
+@rule("add", "sub", "rsub", "add_relu")
+def add(store: Store, node: torch.fx.Node, a: Any, b: Any, *args: Any, **kwargs: Any) -> Value:
+    if not (isinstance(a, Value) and isinstance(b, Value)):
+        return pointwise(store, node, a, b, *args, **kwargs)
+    return algebra.meet(store, a, b, "add")
+
+
+@rule("mul", "multiply")
+def mul(store: Store, node: torch.fx.Node, a: Any, b: Any) -> Value:
+    if not (isinstance(a, Value) and isinstance(b, Value)):
+        return pointwise(store, node, a, b)
+    return algebra.meet(store, a, b, "mul")
+
+
+@rule("div", "true_divide")
+def div(store: Store, node: torch.fx.Node, a: Any, b: Any, **kwargs: Any) -> Value:
+    if not (isinstance(a, Value) and isinstance(b, Value)) or kwargs.get("rounding_mode"):
+        return pointwise(store, node, a, b, **kwargs)
+    for item in b.fields:
+        store.kill(item)
+        store.flag(item.labels, OFFSET)
+    return algebra.meet(store, a, replace(b, fields=tuple(f.without_gauge() for f in b.fields)), "mul")
+
+
+@rule("maximum", "minimum", "where", "lerp", "masked_fill")
+def choose(store: Store, node: torch.fx.Node, *args: Any, **kwargs: Any) -> Value:
+    values = [a for a in args if isinstance(a, Value)]
+    name = node_name(node)
+    if len(values) == 1:
+        return pointwise(store, node, *args, **kwargs)
+    if name == "masked_fill":
+        filled = args[2]
+        zero = filled.zero if isinstance(filled, Value) else filled == 0
+        result = algebra.meet(
+            store, values[0], replace(values[1], uniform=values[1].uniform), "mul" if zero else "none"
+        )
+        if not zero:
+            _offset(store, result)
+        return replace(result, uniform=False, zero=False)
+    if name == "where":
+        branches = values[1:]
+        if len(branches) < 2 or branches[0].shape == () or branches[1].shape == ():
+            return pointwise(store, node, *args, **kwargs)
+        both = algebra.meet(store, branches[0], branches[1], "add")
+        return replace(algebra.meet(store, both, values[0], "mul"), uniform=False, zero=False)
+    result = algebra.meet(store, values[0], values[1], "add")
+    if name in ("maximum", "minimum"):
+        for item in result.fields:
+            store.kill_sgn(item.sgn)
+        result = replace(result, fields=tuple(replace(f, sgn=torch.zeros_like(f.sgn)) for f in result.fields))
+    if name == "lerp" and len(values) > 2:
+        result = algebra.meet(store, result, values[2], "mul")
+    return result
+
+
+@rule("addcmul", "addcdiv")
+def addcmul(store: Store, node: torch.fx.Node, x: Value, a: Value, b: Value, **_: Any) -> Value:
+    if node_name(node) == "addcdiv":
+        return pointwise(store, node, x, a, b)
+    return algebra.meet(store, x, algebra.meet(store, a, b, "mul"), "add")
+
+
+@rule("_weight_norm")
+def weight_norm(store: Store, node: torch.fx.Node, v: Value, g: Value, dim: int = 0) -> Value:
+    dims = frozenset(d for d in range(len(v.shape)) if d != on(v, dim))
+    norm = algebra.reduce(store, v, dims, NO_MERGE | NO_REMOVE, "lies under a weight norm")
+    norm = replace(norm, fields=tuple(without_gauge(store, f) for f in norm.fields))
+    unit = algebra.meet(
+        store, replace(v, name=None, fields=tuple(without_gauge(store, f) for f in v.fields)), norm, "mul"
+    )
+    return algebra.meet(store, unit, g, "mul")

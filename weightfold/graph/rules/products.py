@@ -1,0 +1,164 @@
+"""Rules of matrix products, attention and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from weightfold.graph import algebra
+from weightfold.graph.labels import FROZEN, NO_MERGE, NO_REMOVE, WRITE, Store, Value
+from weightfold.graph.rules.core import module_path, rule, squeeze, unknown, unsqueeze, without_gauge
+
+
+def tap(store: Store, node: torch.fx.Node, weight: Value, dim: int, x_dim: int) -> None:
+    """Note where the channels that a weight reads can be observed: the input of the module that owns the weight."""
+    path = module_path(node)
+    if weight.name is not None and path is not None and weight.name.rpartition(".")[0] == path:
+        store.taps[weight.name, dim] = (path, x_dim)
+
+
+def product(store: Store, left: Value, right: Value) -> Value:
+    """left (..., N, K) @ right (..., K, M)."""
+    nd = max(len(left.shape), len(right.shape))
+    a = unsqueeze(left.lifted(nd), nd - 1)
+    b = right.lifted(nd)
+    b = unsqueeze(algebra.permute(b, (*range(nd - 2), nd - 1, nd - 2)) if nd >= 2 else b, nd - 2)
+    return squeeze(algebra.contract(store, a, b, frozenset({nd})), nd)
+
+
+@rule("linear")
+def linear(store: Store, node: torch.fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    nd = len(x.shape)
+    out = algebra.contract(store, unsqueeze(x, nd - 1), weight, frozenset({nd}))
+    tap(store, node, weight, 1, -1)
+    return plus_bias(store, squeeze(out, nd), bias)
+
+
+def plus_bias(store: Store, out: Value, bias: Value | None) -> Value:
+    if bias is None:
+        return out
+    for item in bias.fields:
+        store.flag(item.labels, WRITE)
+    return algebra.meet(store, out, bias, "add")
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot")
+def matmul(store: Store, node: torch.fx.Node, a: Value, b: Value) -> Value:
+    left = unsqueeze(a, 0) if len(a.shape) == 1 else a
+    right = unsqueeze(b, 1) if len(b.shape) == 1 else b
+    tap(store, node, right, 0, -1)
+    out = product(store, left, right)
+    if len(b.shape) == 1:
+        out = squeeze(out, len(out.shape) - 1)
+    if len(a.shape) == 1:
+        out = squeeze(out, len(out.shape) - (1 if len(b.shape) == 1 else 2))
+    return replace(out, name=None)
+
+
+@rule("addmm", "baddbmm", "addmv", "addbmm")
+def addmm(store: Store, node: torch.fx.Node, bias: Value, a: Value, b: Value, **kwargs: Any) -> Value:
+    out = matmul(store, node, a, b)
+    return out if kwargs.get("beta") == 0 else plus_bias(store, out, bias)
+
+
+@rule("outer", "ger")
+def outer(store: Store, node: torch.fx.Node, a: Value, b: Value) -> Value:
+    return algebra.meet(store, unsqueeze(a, 1), unsqueeze(b, 0), "mul")
+
+
+@rule("einsum")
+def einsum(store: Store, node: torch.fx.Node, equation: str, operands: Sequence[Value], **_: Any) -> Value:
+    left, _arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not _arrow or any(len(set(t)) < len(t.replace("...", ".")) for t in terms):
+        return unknown(store, node, *operands)
+    spelled = [_spell(t, len(v.shape)) for t, v in zip(terms, operands, strict=True)]
+    free = max((t.count("1") + sum(c.isdigit() for c in t if c != "1") for t in spelled), default=0)
+    result = result.replace("...", "".join(str(i) for i in range(9, 9 - free, -1))[::-1] if free else "")
+    acc, letters = operands[0], spelled[0]
+    for position, (value, term) in enumerate(zip(operands[1:], spelled[1:], strict=True), start=1):
+        later = set("".join(spelled[position + 1 :]) + result)
+        space = [c for c in dict.fromkeys(letters + term) if c in later]
+        gone = [c for c in dict.fromkeys(letters + term) if c not in later]
+        joint = space + gone
+        out = algebra.contract(
+            store, _into(acc, letters, joint), _into(value, term, joint), frozenset(range(len(space), len(joint)))
+        )
+        acc, letters = replace(out, shape=out.shape[: len(space)], fields=tuple(
+            f.map(lambda a, n=len(space): a.reshape(a.shape[:n])) for f in out.fields)), "".join(space)  # fmt: skip
+    gone = [d for d, c in enumerate(letters) if c not in result]
+    if gone:
+        acc = algebra.reduce(store, acc, frozenset(gone), NO_MERGE, "is summed without weights")
+        for d in reversed(gone):
+            acc = squeeze(acc, d)
+        letters = "".join(c for c in letters if c in result)
+    return replace(algebra.permute(acc, [letters.index(c) for c in result]), name=None)
+
+
+def _spell(term: str, ndim: int) -> str:
+    """Give the dimensions behind an ellipsis digits, counted from the right."""
+    if "..." not in term:
+        return term
+    n = ndim - len(term.replace("...", ""))
+    return term.replace("...", "".join(str(i) for i in range(10 - n, 10)))
+
+
+def _into(value: Value, letters: str, joint: list[str]) -> Value:
+    """Lay a value out in a joint index space."""
+    present = [c for c in joint if c in letters]
+    value = algebra.permute(value, [letters.index(c) for c in present])
+    for d, c in enumerate(joint):
+        if c not in letters:
+            value = unsqueeze(value, d)
+    return value
+
+
+@rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
+def attention(
+    store: Store, node: torch.fx.Node, q: Value, k: Value, v: Value, mask: Any = None, *rest: Any, **kwargs: Any
+) -> Value:
+    mask = kwargs.get("attn_mask", mask)
+    if kwargs.get("enable_gqa"):
+        n = q.shape[-3] // k.shape[-3]
+        k, v = (_repeat_heads(store, t, n) for t in (k, v))
+    if kwargs.get("scale") is None:
+        last = len(q.shape) - 1
+        for item in q.fields:
+            if last in item.support:
+                store.forbid(
+                    q, item, frozenset({last}), NO_REMOVE, "sets the default scale 1/sqrt(channels) of attention"
+                )
+                store.forbid(
+                    q, item, frozenset({last}), NO_MERGE, "sets the default scale 1/sqrt(channels) of attention"
+                )
+    nd = len(k.shape)
+    scores = product(store, q, algebra.permute(k, (*range(nd - 2), nd - 1, nd - 2)))
+    if isinstance(mask, Value):
+        scores = algebra.meet(store, scores, mask, "add")
+    scores = replace(scores, fields=tuple(without_gauge(store, f) for f in scores.fields))
+    return product(store, scores, v)
+
+
+def _repeat_heads(store: Store, value: Value, n: int) -> Value:
+    d = len(value.shape) - 3
+    shape = tuple(m * n if i == d else m for i, m in enumerate(value.shape))
+    fields = tuple(f.map(lambda a: a.repeat_interleave(n, d) if a.shape[d] > 1 else a) for f in value.fields)
+    return replace(value, shape=shape, fields=fields)
+
+
+@rule("embedding")
+def embedding(store: Store, node: torch.fx.Node, weight: Value, indices: Value, *_: Any, **__: Any) -> Value:
+    store.freeze(indices, "is used as an index")
+    fields = []
+    ndim = len(indices.shape) + 1
+    for item in weight.fields:
+        if 0 in item.support:
+            store.flag(item.labels, FROZEN, "is picked by data")
+            store.kill(item)
+        else:
+            store.flag(item.labels, WRITE)
+            fields.append(item.map(lambda a: a.reshape((1,) * (ndim - 1) + (a.shape[1],))))
+    return Value((*indices.shape, weight.shape[1]), tuple(fields))
