@@ -3,8 +3,8 @@
     python benchmarks/coverage.py [--workers 2] [--only PART] [--out FILE] [--torch-pruning FILE]
 
 For every architecture of `architectures.py` (random weights, float64 throughout): trace, find the attributes that must
-follow a size, then on every group every exactness check that its admitted edits allow: random permutation, rescale, sign;
-removal of planted silent and unread channels; merging of planted duplicates; splitting. An edit is wrong when the
+follow a size, then on every group every exactness check that its admitted edits allow: random permutation, rescale,
+sign; removal of planted silent and unread channels; merging of planted duplicates; splitting. An edit is wrong when the
 output's relative error exceeds 1e-9, or when anything is raised.
 
 An architecture meets the goal when every output channel of its linear, convolutional and recurrent layers can be edited
@@ -131,7 +131,9 @@ def _writers(model: Any, shapes: dict[str, tuple[int, ...]]) -> Iterable[tuple[s
 
 
 HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads")
-QUERY = re.compile(r"(^|_)(q|query|qkv|q_proj|q_lin|c_attn|Wqkv|query_key_value|qkv_proj|in_proj_weight|to_q|query_proj)$")
+QUERY = re.compile(
+    r"(^|_)(q|query|qkv|q_proj|q_lin|c_attn|Wqkv|query_key_value|qkv_proj|in_proj_weight|to_q|query_proj)$"
+)
 
 
 def headless(model: Any, graph: Any) -> list[str]:
@@ -183,7 +185,9 @@ def summary(rows: list[dict[str, Any]], torch_pruning: Path | None) -> dict[str,
         checked = found.get("results", found.get("architectures", found))
         entries = checked.values() if isinstance(checked, dict) else checked
         names = {r["name"] for r in rows}
-        out["torch_pruning_ok"] = sum(bool(e.get("ok")) for e in entries if isinstance(e, dict) and e.get("name") in names)
+        out["torch_pruning_ok"] = sum(
+            bool(e.get("ok")) for e in entries if isinstance(e, dict) and e.get("name") in names
+        )
     return out
 
 
@@ -194,9 +198,9 @@ def line(row: dict[str, Any]) -> str:
     mark = "ok" if row["goal"] else "--"
     why = "; ".join([*row["locked"][:1], *(f"no heads: {h}" for h in row["headless"][:1])])
     return (
-        f"{row['name']:32s} {mark} trace {row['trace_s']:5.2f} s  sizes {row['sizes_s']:5.1f} s  groups {row['groups']:3d}  "
-        f"free {row['free']:6d}  locked {row['n_locked']:4d}  heads {row['heads']:3d}  removable {row['removable_groups']:3d}  "
-        f"checks {row['checks']:4d}  wrong {row['wrong']:2d}  {why[:100]}"
+        f"{row['name']:32s} {mark} trace {row['trace_s']:5.2f} s  sizes {row['sizes_s']:5.1f} s "
+        f" groups {row['groups']:3d}  free {row['free']:6d}  locked {row['n_locked']:4d}  heads {row['heads']:3d} "
+        f" removable {row['removable_groups']:3d}  checks {row['checks']:4d}  wrong {row['wrong']:2d}  {why[:100]}"
     )
 
 

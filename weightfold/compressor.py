@@ -308,11 +308,12 @@ class Compressor:
         before = self._losses() if self.probe else []
         attempts: list[dict[str, Any]] = []
         current: Proposal | None = proposal
+        reading: Reading | None = None
         while current is not None:
             reading, undo, graph, reason = self._attempt(current, before)
             attempts.append(_attempt_record(current, reading, reason))
             if reason == "":
-                self._keep(method, current, graph, undo, reading, attempts, time.perf_counter() - started)
+                self._keep(method, current, graph, undo, attempts, time.perf_counter() - started)
                 return self._event(current, reading, True, "accepted", started)
             current = current.less()
         self._record(
@@ -362,7 +363,6 @@ class Compressor:
         proposal: Proposal,
         graph: ChannelGraph,
         undo: Undo,
-        reading: Reading | None,
         attempts: list[dict[str, Any]],
         seconds: float,
     ) -> None:
@@ -470,7 +470,8 @@ class Compressor:
         if found != {name: list(shape) for name, shape in state["shapes"].items()}:
             name = next(n for n in found if found[n] != list(state["shapes"].get(n, [])))
             raise EditError(
-                f"'{name}' has shape {found[name]} after the recorded edits, {state['shapes'].get(name)} in the checkpoint.",
+                f"'{name}' has shape {found[name]} after the recorded edits, "
+                f"{state['shapes'].get(name)} in the checkpoint.",
                 remedy="Build the model with the settings that the run started with.",
             )
         self._step = int(state["step"])

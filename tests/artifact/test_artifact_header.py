@@ -78,7 +78,10 @@ def test_every_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, l
         {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {
+            "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        },
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
         {"__metadata__": {"x": 3}},
     ],

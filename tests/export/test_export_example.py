@@ -50,7 +50,12 @@ def test_drawn_numbers_follow_the_seed_and_stay_below_the_bound() -> None:
 
 @pytest.mark.parametrize(
     ("name", "example", "shape"),
-    [("lenet5", [], (2, 1, 8, 8)), ("mlp", ["1x16"], (1, 16)), ("char-gpt", ["1x9:int<30"], (1, 9)), ("gru", [], (2, 128))],
+    [
+        ("lenet5", [], (2, 1, 8, 8)),
+        ("mlp", ["1x16"], (1, 16)),
+        ("char-gpt", ["1x9:int<30"], (1, 9)),
+        ("gru", [], (2, 128)),
+    ],
 )
 def test_built_in_networks_open_without_data(name: str, example: list[str], shape: tuple[int, ...]) -> None:
     source = open_model(name, example=example)

@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 
-def mix(x: Ints | Hashes | int) -> Hashes:
+def mix(x: Ints | Hashes | np.uint64 | int) -> Hashes:
     """A fixed 64-bit hash of integers (splitmix64), the same in every process."""
     with np.errstate(over="ignore"):
         z = np.asarray(x).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -559,7 +559,7 @@ class Builder:
 
     def _block_problem(self, roots: Ints, rows: Ints, block_of_atom: Ints) -> bool:
         """Whether a channel inside the blocks has a part that is in no block and not shared by all of them."""
-        facts, base = self.facts, self.facts.base
+        base = self.facts.base
         children = np.unique(base.comp[rows])
         children = children[~np.isin(children, roots)]
         inside = np.isin(base.comp, children)

@@ -1,8 +1,8 @@
 """One small immutable edit, and its constructors.
 
 An edit on a group of C channels makes K of them: what writes a channel becomes ``A @ W`` with A of shape (K, C), what
-reads it ``W @ B`` with B of shape (C, K). Every reader may have its own B. Permute, rescale, sign, remove, fold, merge and
-split are choices of A and B; edits on one group compose by matrix product.
+reads it ``W @ B`` with B of shape (C, K). Every reader may have its own B. Permute, rescale, sign, remove, fold, merge
+and split are choices of A and B; edits on one group compose by matrix product.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Edit:
         write: A of shape (K, C) where writers are mixed; None where each new channel is its ``carry``.
         read: B of shape (C, K); None where nothing but ``carry`` is read.
         reads: B of single readers, by (tensor, dim), in place of ``read``.
-        shift: what each reader adds to its output per old channel, shape (C,), by (tensor, dim): constants folded forward.
+        shift: what each reader adds to its output per old channel, shape (C,), by (tensor, dim): folded constants.
         scale: factor of each new channel, shape (K,), spread over the axes by the exponents of gauge ``gauge``.
     """
 
@@ -151,9 +151,19 @@ class Edit:
             if ":" in name:
                 kind, tensor, dim = name.split(":")
                 tables[kind][tensor, int(dim)] = value
-        plain = {name: tensors.get(name) for name in ("write", "read", "scale")}
         carry = torch.tensor(record["carry"], dtype=torch.long)
-        return cls(record["group"], record["kind"], record["channels"], carry, gauge=record["gauge"], **plain, **tables)
+        return cls(
+            record["group"],
+            record["kind"],
+            record["channels"],
+            carry,
+            tensors.get("write"),
+            tensors.get("read"),
+            tables["reads"],
+            tables["shift"],
+            tensors.get("scale"),
+            record["gauge"],
+        )
 
 
 def _require(group: ChannelGroup, kind: str) -> None:
@@ -173,7 +183,7 @@ def _index(group: ChannelGroup, index: Tensor, *, what: str) -> Tensor:
 
 
 def permute(group: ChannelGroup, order: Tensor) -> Edit:
-    """Put channel ``order[k]`` in place k. Exact. ``order``: a permutation of the channels, within blocks, shape (C,)."""
+    """Put channel ``order[k]`` in place k. Exact. ``order``: a permutation within blocks, shape (C,)."""
     _require(group, "permute")
     order = _index(group, order, what="The order")
     if order.numel() != group.n_channels or torch.unique(order).numel() != group.n_channels:
@@ -237,7 +247,7 @@ def keep_indices(group: ChannelGroup, keep: Tensor) -> Tensor:
 
 
 def remove(group: ChannelGroup, keep: Tensor) -> Edit:
-    """Keep some channels and drop the others. Exact where the dropped ones are silent or unread. ``keep``: shape (K,)."""
+    """Keep some channels and drop the others. Exact where those are silent or unread. ``keep``: shape (K,)."""
     _require(group, "remove")
     return Edit(group.name, "remove", group.n_channels, keep_indices(group, keep))
 
@@ -252,8 +262,8 @@ def fold(
 
     Args:
         keep: kept channels, shape (K,).
-        maps: for each reading axis the coefficients M of shape (C - K, K) with dropped ~ kept @ M.T, dropped channels in
-            ascending order: the reader becomes W_kept + W_dropped @ M.
+        maps: for each reading axis the coefficients M of shape (C - K, K) with dropped ~ kept @ M.T, dropped
+            channels in ascending order: the reader becomes W_kept + W_dropped @ M.
         shift: for each reading axis what is left over per old channel, shape (C,); folded into the reader's bias.
     """
     _require(group, "merge")

@@ -188,9 +188,9 @@ def _planted(
     state: dict[str, Tensor],
 ) -> Iterator[Check]:
     if "remove" in group.admits:
-        dead = _one_per_block(group, generator, 1)
-        kinds = [k for k in (True, False) if group.zero_at_zero or not k]
-        for silent in kinds if dead else []:
+        dead = _one_per_block(group, generator, 1) or []
+        kinds = [k for k in (True, False) if (group.zero_at_zero or not k) and dead]
+        for silent in kinds:
             if not silent and (not group.role("read") or group.role("both")):
                 continue
             plant_dead(model, group, dead[0], silent=silent)

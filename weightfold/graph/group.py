@@ -26,7 +26,7 @@ class Axis:
         dim: the dimension.
         role: "write" (rows, bias), "pointwise" (norm scale, running mean), "read" (columns), "both" (tied weights).
         index: positions of each channel along ``dim``, shape (C, M), -1 where a channel has no such position.
-        slabs: number of equal slabs of dimension 0 in which positions have a meaning of their own (grouped convolution);
+        slabs: number of equal slabs of dimension 0 in which positions have their own meaning (grouped convolution);
             then positions count through (slab, position).
         size: length of the dimension (times slabs).
         tap: (module path, dimension of its first input) where the channels can be observed as this axis reads them.
@@ -49,7 +49,7 @@ class Axis:
 class Gauge:
     """A freedom that leaves the function alone: scale by s here (exponent +1) and by 1/s there (exponent -1).
 
-    ``kind`` is "positive" (any s > 0) or "sign" (s = -1 as well). ``channel`` names the group's channel of each freedom,
+    ``kind`` is "positive" (any s > 0) or "sign" (s = -1 as well). ``channel`` names the channel of each freedom,
     shape (G,); axes hold (tensor, dim, slabs, exponent, positions (G, M)).
     """
 

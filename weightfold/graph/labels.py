@@ -52,7 +52,8 @@ class Field:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Field:
         """Run a data movement on all three arrays."""
-        return Field(*(function(array) for array in self.arrays()), self.level)
+        labels, pos, sgn = (function(array) for array in self.arrays())
+        return Field(labels, pos, sgn, self.level)
 
     def lifted(self, ndim: int) -> Field:
         """Prepend dimensions of size 1, as broadcasting does."""
@@ -67,7 +68,7 @@ class Field:
 class Value:
     """What is known of one tensor in the program.
 
-    ``state`` means: a function of parameters alone. ``uniform``: the same number everywhere; ``zero``: that number is 0;
+    ``state`` means: a function of parameters alone. ``uniform``: the same number everywhere; ``zero``: it is 0;
     ``name``: the parameter that this value is, untouched; ``computed``: the result of arithmetic on parameters.
     """
 
@@ -105,7 +106,7 @@ def compress(item: Field) -> Field | None:
             keep = [a.narrow(d, 0, 1) for a in keep]
     if all(n == 1 for n in keep[0].shape):
         return None
-    return Field(*keep, item.level)
+    return Field(keep[0], keep[1], keep[2], item.level)
 
 
 def kept(store: Store, item: Field) -> list[Field]:

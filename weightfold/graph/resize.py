@@ -105,7 +105,7 @@ def with_sizes(model: nn.Module, example: Example, graph: ChannelGraph) -> Chann
         kinds.setdefault(key, []).append(name)
         if key not in solved:
             solved[key] = _solve(bench, graph, name)
-    graph = _with_outcomes(model, graph, kinds, solved)
+    graph = _with_outcomes(graph, kinds, solved)
     good = [name for key, names in kinds.items() if solved[key].attributes is not None for name in names]
     if good and _trial(bench, graph, _disjoint(graph, good)):
         return _one_by_one(bench, graph, good)
@@ -132,9 +132,7 @@ def _one_by_one(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> Chan
     return graph
 
 
-def _with_outcomes(
-    model: nn.Module, graph: ChannelGraph, kinds: dict[Any, list[str]], solved: dict[Any, Outcome]
-) -> ChannelGraph:
+def _with_outcomes(graph: ChannelGraph, kinds: dict[Any, list[str]], solved: dict[Any, Outcome]) -> ChannelGraph:
     for key, names in kinds.items():
         outcome = solved[key]
         first = names[0]
@@ -142,7 +140,7 @@ def _with_outcomes(
             if outcome.attributes is None:
                 graph = _revoked(graph, name, outcome.problem)
             else:
-                moved = tuple(_moved_path(model, graph[first], graph[name], a) for a in outcome.attributes)
+                moved = tuple(_moved_path(graph[first], graph[name], a) for a in outcome.attributes)
                 graph = _replaced(graph, replace(graph[name], attributes=moved))
     return graph
 
@@ -176,7 +174,7 @@ def _common_path(group: ChannelGroup) -> str:
     return ".".join(common)
 
 
-def _moved_path(model: nn.Module, first: ChannelGroup, other: ChannelGroup, attribute: Attribute) -> Attribute:
+def _moved_path(first: ChannelGroup, other: ChannelGroup, attribute: Attribute) -> Attribute:
     """The same attribute at the other group's place."""
     path, name, factor = attribute
     here, there = _common_path(first), _common_path(other)
@@ -307,7 +305,8 @@ def _forward_problem(twin: nn.Module, example: Example) -> str:
     except Exception as error:
         if "meta" in str(error).lower() or "data-dependent" in str(error).lower() or "item()" in str(error):
             return ""
-        return f"has its size written down{_user_line(error)}: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"has its size written down{_user_line(error)}: {text[:200]}"
     return ""
 
 

@@ -101,7 +101,7 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
     args, kwargs = arguments(example)
     twin = structural_copy(model)
     config = getattr(twin, "config", None)
-    if getattr(config, "use_cache", None):
+    if config is not None and getattr(config, "use_cache", None):
         config.use_cache = False
     with quiet():
         try:

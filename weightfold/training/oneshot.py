@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from weightfold.config import Config
 from weightfold.data import Dataset, load
+from weightfold.data.dataset import Batch
 from weightfold.errors import DataError
 from weightfold.export import save_model
 from weightfold.export.opened import open_model
@@ -155,9 +157,8 @@ def _compress(
         max_increase=config.max_increase or 0.0,
     )
     before = widths_of(compressor.prepare())
-    n_batches = -(-config.samples // BATCH)
-    inputs = (inputs for inputs, _ in itertools.islice(_batches(config, data), n_batches))
-    events = [asdict(event) for event in compressor.once(inputs)]
+    compressor._close_observer()  # `once` takes statistics of its own; a gate's forward must not add to others
+    events = [asdict(event) for event in compressor.once(_inputs(config, data))]
     after = {group.name: group.n_channels for group in compressor.graph}
     refused = [event for event in events if not event["group"]]
     if refused:
@@ -165,7 +166,17 @@ def _compress(
     return events, [[name, n, after.get(name, n)] for name, n in before.items()], compressor.convert().eval()
 
 
-def _batches(config: OneShotConfig, data: Dataset) -> Any:
+def _inputs(config: OneShotConfig, data: Dataset) -> Iterator[Tensor]:
+    """Give batches of the wished number of unlabelled inputs."""
+    left = config.samples
+    for inputs, _ in _batches(config, data):
+        if left <= 0:
+            return
+        yield inputs[:left]
+        left -= len(inputs)
+
+
+def _batches(config: OneShotConfig, data: Dataset) -> Iterator[Batch]:
     return data.batches("train", BATCH, generator=torch.Generator().manual_seed(config.seed))
 
 

@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 
 from weightfold.artifact import drafting
+from weightfold.errors import LedgerError
 from weightfold.ledger import Ledger, lines
 from weightfold.ledger.audit import read_blobs, read_metrics
 
@@ -35,6 +36,11 @@ def rewind(path: Path, n_entries: int, last_step: int) -> None:
         True
     """
     with Ledger.open(path, readonly=True) as ledger:
+        if len(ledger) < n_entries:
+            raise LedgerError(
+                f"'{path}' holds {len(ledger)} entries; the checkpoint has seen {n_entries}.",
+                remedy="Put the run's own ledger back, or start the run anew with --force.",
+            )
         if len(ledger) == n_entries and all(step <= last_step for step in _steps(ledger)):
             return
         exported = _lines(ledger, n_entries, last_step)

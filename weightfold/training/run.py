@@ -140,7 +140,8 @@ class _Run:
         """Go on from the last checkpoint."""
         state = read_checkpoint(self.out)
         if state is None:
-            (self.out / files.LEDGER).unlink(missing_ok=True)
+            for suffix in ("", "-wal", "-shm"):
+                (self.out / f"{files.LEDGER}{suffix}").unlink(missing_ok=True)
             self.begin()
             return
         rewind(self.out / files.LEDGER, state["entries"], state["step"])

@@ -62,7 +62,7 @@ def without_gauge(store: Store, item: Field) -> Field:
 def call(node: torch.fx.Node, *args: Any, **kwargs: Any) -> Any:
     """Run the node's own operator (its functional form) on other arguments."""
     target = node.target
-    packet = getattr(target, "overloadpacket", target)
+    packet: Any = getattr(target, "overloadpacket", target)
     name = getattr(packet, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
         packet = getattr(torch.ops.aten, name[:-1])
@@ -80,7 +80,7 @@ def squeeze(value: Value, dim: int) -> Value:
 def unsqueeze(value: Value, dim: int) -> Value:
     return replace(
         value,
-        shape=value.shape[:dim] + (1,) + value.shape[dim:],
+        shape=(*value.shape[:dim], 1, *value.shape[dim:]),
         fields=tuple(f.map(lambda a: a.unsqueeze(dim)) for f in value.fields),
     )
 

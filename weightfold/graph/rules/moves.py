@@ -30,8 +30,8 @@ def view(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Val
     return algebra.reshape(store, x, out_shape(node))
 
 
-@rule("clone", "contiguous", "alias", "detach", "to", "_to_copy", "lift_fresh_copy", "type_as", "float", "double", "half",
-      "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "requires_grad", "positive", "bernoulli",
+@rule("clone", "contiguous", "alias", "detach", "to", "_to_copy", "lift_fresh_copy", "type_as", "float", "double",
+      "half", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "requires_grad", "positive", "bernoulli",
       "convert_element_type", "lift", move=True)  # fmt: skip
 def same(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Any:
     return [x, Value(x.shape)] if isinstance(node.meta.get("val"), (tuple, list)) else x
@@ -205,13 +205,14 @@ def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field |
         arrays = fs[0].arrays() if fs else (none + code, none, none)
         for column, array in zip(columns, arrays, strict=True):
             column.append(array.expand(shape))
-    return compress(Field(*(torch.cat(column, d) for column in columns), level))
+    labels, pos, sgn = (torch.cat(column, d) for column in columns)
+    return compress(Field(labels, pos, sgn, level))
 
 
 @rule("stack", move=True)
 def stack(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 0) -> Value:
     d = dim % (len(parts[0].shape) + 1)
-    lifted = [algebra.reshape(store, p, p.shape[:d] + (1,) + p.shape[d:]) for p in parts]
+    lifted = [algebra.reshape(store, p, (*p.shape[:d], 1, *p.shape[d:])) for p in parts]
     pairs = [[f for f in p.fields if f.level == 0] for p in lifted]
     if any(len(fs) != 1 for fs in pairs):
         return cat(store, node, lifted, d)

@@ -76,8 +76,8 @@ def einsum(store: Store, node: torch.fx.Node, equation: str, operands: Sequence[
     if not _arrow or any(len(set(t)) < len(t.replace("...", ".")) for t in terms):
         return unknown(store, node, *operands)
     spelled = [_spell(t, len(v.shape)) for t, v in zip(terms, operands, strict=True)]
-    free = max((t.count("1") + sum(c.isdigit() for c in t if c != "1") for t in spelled), default=0)
-    result = result.replace("...", "".join(str(i) for i in range(9, 9 - free, -1))[::-1] if free else "")
+    free = max((sum(c.isdigit() for c in t) for t in spelled), default=0)
+    result = result.replace("...", "".join(str(i) for i in range(10 - free, 10)))
     acc, letters = operands[0], spelled[0]
     for position, (value, term) in enumerate(zip(operands[1:], spelled[1:], strict=True), start=1):
         later = set("".join(spelled[position + 1 :]) + result)
@@ -87,8 +87,7 @@ def einsum(store: Store, node: torch.fx.Node, equation: str, operands: Sequence[
         out = algebra.contract(
             store, _into(acc, letters, joint), _into(value, term, joint), frozenset(range(len(space), len(joint)))
         )
-        acc, letters = replace(out, shape=out.shape[: len(space)], fields=tuple(
-            f.map(lambda a, n=len(space): a.reshape(a.shape[:n])) for f in out.fields)), "".join(space)  # fmt: skip
+        acc, letters = _narrowed(out, len(space)), "".join(space)
     gone = [d for d, c in enumerate(letters) if c not in result]
     if gone:
         acc = algebra.reduce(store, acc, frozenset(gone), NO_MERGE, "is summed without weights")
@@ -96,6 +95,12 @@ def einsum(store: Store, node: torch.fx.Node, equation: str, operands: Sequence[
             acc = squeeze(acc, d)
         letters = "".join(c for c in letters if c in result)
     return replace(algebra.permute(acc, [letters.index(c) for c in result]), name=None)
+
+
+def _narrowed(value: Value, n: int) -> Value:
+    """Drop all dimensions of size 1 behind the first n."""
+    fields = tuple(f.map(lambda a: a.reshape(a.shape[:n])) for f in value.fields)
+    return replace(value, shape=value.shape[:n], fields=fields)
 
 
 def _spell(term: str, ndim: int) -> str:

@@ -118,12 +118,13 @@ def _recurrent(kind: str) -> Any:
                 linear(store, node, x, cell.w_ih)
                 heads.append(_unit(store, kind, cell))
             outs += heads
-            joined = Field(*(torch.cat(arrays, 2) for arrays in zip(*(h.arrays() for h in heads), strict=True)))
+            labels, pos, sgn = (torch.cat(arrays, 2) for arrays in zip(*(h.arrays() for h in heads), strict=True))
+            joined = Field(labels, pos, sgn)
             x = _output(x, joined)
         if any(s.fields or not s.uniform for s in states):
             for out in outs:
                 store.flag(out.labels, FROZEN, "starts from a given hidden state")
-            store.kill(out)
+                store.kill(out)
             for s in states:
                 store.freeze(s, "is a hidden state")
         _rects(store, cells, outs)
