@@ -56,12 +56,14 @@ def test_a_convolution_is_the_least_squares_of_numpy(stride: int, padding: int) 
         lambda: nn.Conv2d(2, 3, 3, dilation=2, stride=2),
         lambda: nn.Conv2d(2, 3, (3, 1), padding="same"),
         lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"),
+        lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1, dilation=2),
         lambda: nn.Linear(5, 4),
     ],
 )
 def test_the_weights_behind_the_wished_outputs_are_found(make: Any) -> None:
     teacher, layer = make().double(), make().double()
     x = draw(30, 5) if isinstance(layer, nn.Linear) else draw(12, layer.in_channels, 9, 9)
+    x = x[..., 0] if isinstance(layer, nn.Conv1d) else x
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     new = refit(layer, [(x, teacher(x).detach())], ridge=0.0)
     for name, value in teacher.state_dict().items():

@@ -22,9 +22,13 @@ from torch import Tensor, nn
 
 from weightfold.errors import ConfigError, DataError
 
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | _Convolution
+"""What can be refitted."""
+
 
 def refit(module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float = 1e-4) -> dict[str, Tensor]:
-    """Solve a linear layer's or 2-d convolution's weights for wished outputs; the module is left as it is.
+    """Solve a linear layer's or convolution's weights for wished outputs; the module is left as it is.
 
     Args:
         module: the layer, with the inputs that it has now.
@@ -41,18 +45,20 @@ def refit(module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: f
         >>> new["weight"].round(decimals=4)[0], new["bias"].round(decimals=4)[0]
         (tensor([1., 1., 1.]), tensor(5.))
     """
-    if not isinstance(module, nn.Linear | nn.Conv2d):
-        raise ConfigError(f"A {type(module).__name__} cannot be refitted.", remedy="Refit nn.Linear or nn.Conv2d.")
+    if not isinstance(module, Layer):
+        raise ConfigError(
+            f"A {type(module).__name__} cannot be refitted.", remedy="Refit nn.Linear or nn.Conv1d to 3d."
+        )
     if ridge < 0:
         raise ConfigError(f"The 'ridge' of refit must be at least 0. Got {ridge} instead.")
-    slabs = module.groups if isinstance(module, nn.Conv2d) else 1
+    slabs = 1 if isinstance(module, nn.Linear) else module.groups
     present_GFO = _present(module, slabs)
     inner_GFF = torch.zeros(*present_GFO.shape[:2], present_GFO.shape[1], dtype=torch.float64)
     cross_GFO = torch.zeros_like(present_GFO)
     for x, z in pairs:
-        rows_GNF, wished_GNO = _rows(module, x.detach(), slabs), _wished(module, z.detach(), slabs)
-        inner_GFF += (rows_GNF.mT @ rows_GNF).double().cpu()
-        cross_GFO += (rows_GNF.mT @ wished_GNO).double().cpu()
+        read_GFN, wished_GON = _read(module, x.detach(), slabs), _wished(module, z.detach(), slabs)
+        inner_GFF += (read_GFN @ read_GFN.mT).double().cpu()
+        cross_GFO += (read_GFN @ wished_GON.mT).double().cpu()
     _check(inner_GFF, cross_GFO, type(module).__name__)
     return _unpacked(module, solve_towards(inner_GFF, cross_GFO, present_GFO, ridge))
 
@@ -68,7 +74,7 @@ def solve_towards(inner_GFF: Tensor, cross_GFO: Tensor, present_GFO: Tensor, rid
     return present_GFO + torch.linalg.pinv(ridged_GFF, hermitian=True) @ rest_GFO
 
 
-def _present(module: nn.Linear | nn.Conv2d, slabs: int) -> Tensor:
+def _present(module: Layer, slabs: int) -> Tensor:
     """The present weights as columns, shape (G, F, O / G); a bias is one more input that is always 1."""
     weight = module.weight.detach().double().cpu().flatten(1)
     columns = weight.reshape(slabs, -1, weight.shape[1]).mT
@@ -77,36 +83,31 @@ def _present(module: nn.Linear | nn.Conv2d, slabs: int) -> Tensor:
     return torch.cat([columns, module.bias.detach().double().cpu().reshape(slabs, 1, -1)], 1)
 
 
-def _rows(module: nn.Linear | nn.Conv2d, x: Tensor, slabs: int) -> Tensor:
-    """What the layer reads, shape (G, N, F): one row per sample and output position."""
+def _read(module: Layer, x: Tensor, slabs: int) -> Tensor:
+    """What the layer reads, shape (G, F, N): one column per sample and output position."""
     if isinstance(module, nn.Linear):
-        rows = x.reshape(1, -1, x.shape[-1])
+        columns = x.reshape(1, -1, x.shape[-1]).mT
     else:
-        rows = _patches(module, x).reshape(x.shape[0], slabs, module.weight[0].numel(), -1)
-        rows = rows.permute(1, 0, 3, 2).reshape(slabs, -1, module.weight[0].numel())
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    return rows if module.bias is None else F.pad(rows, (0, 1), value=1.0)
+        columns = _windows(module, x).reshape(slabs, module.weight[0].numel(), -1)
+    columns = columns if columns.dtype == torch.float64 else columns.float()
+    return columns if module.bias is None else F.pad(columns, (0, 0, 0, 1), value=1.0)
 
 
-def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The windows of a convolution, shape (B, I * kernel, positions), padded as the layer pads."""
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-        return F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride)
-    return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+def _windows(conv: _Convolution, x: Tensor) -> Tensor:
+    """The windows of a convolution, shape (I, kernel..., B, positions...), padded as the layer pads."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    n = len(conv.kernel_size)
+    for d, (kernel, step, gap) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2):
+        x = x.unfold(d, (kernel - 1) * gap + 1, step)[..., ::gap]
+    return x.permute(1, *range(2 + n, 2 + 2 * n), 0, *range(2, 2 + n))
 
 
-def _wished(module: nn.Linear | nn.Conv2d, z: Tensor, slabs: int) -> Tensor:
-    """The wished outputs, shape (G, N, O / G), rows in the order of `_rows`."""
+def _wished(module: Layer, z: Tensor, slabs: int) -> Tensor:
+    """The wished outputs, shape (G, O / G, N), columns in the order of `_read`."""
     z = z if z.dtype == torch.float64 else z.float()
-    if isinstance(module, nn.Linear):
-        return z.reshape(1, -1, z.shape[-1])
-    return (
-        z.reshape(z.shape[0], slabs, z.shape[1] // slabs, -1)
-        .permute(1, 0, 3, 2)
-        .reshape(slabs, -1, z.shape[1] // slabs)
-    )
+    n_out = module.weight.shape[0]
+    return z.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).reshape(slabs, n_out // slabs, -1)
 
 
 def _check(inner: Tensor, cross: Tensor, kind: str) -> None:
@@ -116,7 +117,7 @@ def _check(inner: Tensor, cross: Tensor, kind: str) -> None:
         raise DataError(f"The inputs or wished outputs of a {kind} are not finite.", remedy="Check the data.")
 
 
-def _unpacked(module: nn.Linear | nn.Conv2d, solution_GFO: Tensor) -> dict[str, Tensor]:
+def _unpacked(module: Layer, solution_GFO: Tensor) -> dict[str, Tensor]:
     """Columns back to the layer's own tensors."""
     n_inputs = module.weight[0].numel()
     weight = solution_GFO[:, :n_inputs].mT.reshape(module.weight.shape).to(module.weight).contiguous()
