@@ -78,6 +78,7 @@ def print_run(out: Path, run: dict[str, Any]) -> None:
     console = show.console()
     for line in remarks(results):
         console.print(line)
+    console.print()
     console.print(f"report  {out / 'report.html'}")
     console.print(f"model   {out / 'model.safetensors'}")
     console.print(f"ledger  {out / 'ledger.db'}, {results['entries']} entries, head {results['head'][:16]}")

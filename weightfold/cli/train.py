@@ -191,11 +191,12 @@ def print_run(out: Path, run: dict[str, Any]) -> None:
         values = [show.quantity(row[arm], row["unit"]) for arm in ("dense", "folded") if arm in results["arms"]]
         rows.append([row["name"], *values, *([show.change(row)] if both else [])])
     names = [name for name in ("dense", "folded") if name in results["arms"]]
-    heads = [config["method"] if name == "folded" else name for name in names]
+    heads = ["pruned" if name == "folded" and config["method"] == "prune" else name for name in names]
     show.table(["", *heads, *(["change"] if both else [])], rows, right=(1, 2, 3), title=title)
     console = show.console()
     for line in remarks(results):
         console.print(line)
+    console.print()
     console.print(f"report  {out / 'report.html'}")
     console.print(f"model   {out / 'model.safetensors'}")
     console.print(f"ledger  {out / 'ledger.db'}, {results['entries']} entries, head {results['head'][:16]}")

@@ -17,7 +17,7 @@ from weightfold.data.dataset import SplitName
 from weightfold.models import TaskSpec
 
 EVAL_BATCH = 256
-ROUNDS = 40
+ROUNDS = 100
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def paired_difference(before: Score, after: Score) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def latency_ms(models: Mapping[str, nn.Module], inputs: Tensor, rounds: int = ROUNDS) -> dict[str, float]:
-    """Time one inference of each network: warm, in turns, the median over the rounds.
+    """Time one inference of each network: on one thread, warm, in turns, the median over the rounds.
+
+    Several threads that share cores with other programs wait for one another, which would measure the other programs.
 
     Args:
         models: by name; all take the same inputs.
@@ -111,12 +113,16 @@ def latency_ms(models: Mapping[str, nn.Module], inputs: Tensor, rounds: int = RO
     Returns:
         milliseconds: of one call, by name.
     """
-    calls = {name: _calls_for(model, inputs) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
-    for at in range(rounds):
-        names = list(models)[:: 1 if at % 2 == 0 else -1]
-        for name in names:
-            times[name].append(_time(models[name], inputs, calls[name]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calls = {name: _calls_for(model, inputs) for name, model in models.items()}
+        for at in range(rounds):
+            for name in list(models)[:: 1 if at % 2 == 0 else -1]:
+                times[name].append(_time(models[name], inputs, calls[name]))
+    finally:
+        torch.set_num_threads(threads)
     return {name: 1000 * median(values) for name, values in times.items()}
 
 
