@@ -15,6 +15,7 @@ from weightfold.graph.edit import Edit
 from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
 from weightfold.graph.layout import Layout, edited, from_front, gauge_factors, layout, to_front
 from weightfold.graph.sizes import sync_sizes
+from weightfold.graph.trace import flush_caches
 
 Companion = nn.Module | MutableMapping[str, Tensor]
 """An averaged copy of the model: a module (`AveragedModel` too) or a mapping from names to tensors."""
@@ -43,6 +44,8 @@ class Undo:
             mapping[name] = old
         for owner, name, value in reversed(self.attributes):
             setattr(owner, name, value)
+        for model in {id(entry[0]): entry[0] for entry in self.tensors}.values():
+            flush_caches(model)
 
 
 def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
@@ -197,6 +200,7 @@ def apply(
     """
     group = graph[edit.group]
     check(model, group, edit)
+    flush_caches(model)
     optim.assert_live(model, optimizers)
     new_graph = after(graph, edit)
     undo = Undo()
@@ -300,7 +304,10 @@ def _with_sizes(group: ChannelGroup, shapes: Mapping[str, tuple[int, ...]]) -> C
         a if a.slabs == 1 and a.size == shapes[a.tensor][a.dim] else replace(a, size=shapes[a.tensor][a.dim] * a.slabs)
         for a in group.axes
     )
-    return replace(group, axes=axes)
+    group = replace(group, axes=axes)
+    if group.n_channels == 1 and any(a.index.shape[1] > 1 for a in axes):
+        return group.without({"merge"}, "one channel is left, whose several places cannot be told apart")
+    return group
 
 
 def _moved_index(index: Tensor, plan: Layout, size: int) -> Tensor:

@@ -48,7 +48,7 @@ def layout(group: ChannelGroup, axis: Axis, edit: Edit) -> Layout:
     owner = torch.full((axis.size,), -1, dtype=torch.long)
     channels = torch.arange(index.shape[0])[:, None].expand_as(index)
     owner[index[index >= 0]] = channels[index >= 0]
-    run = _run_starts(owner)
+    run = _run_starts(index, axis.size)
     place = places(edit, group.block)
     k, m = (index[place] >= 0).nonzero(as_tuple=True)
     at = index[place][k, m]
@@ -66,14 +66,19 @@ def layout(group: ChannelGroup, axis: Axis, edit: Edit) -> Layout:
     return Layout(source[order], torch.cat([k, none])[order], torch.cat([m, none])[order])
 
 
-def _run_starts(owner: Tensor) -> Tensor:
-    """First position of the run of equal owners that each position lies in."""
-    if owner.numel() == 0:
-        return owner
-    fresh = torch.ones_like(owner, dtype=torch.bool)
-    fresh[1:] = (owner[1:] != owner[:-1]) | (owner[1:] < 0)
-    start = torch.where(fresh, torch.arange(owner.numel()), 0)
-    return torch.cummax(start, 0).values
+def _run_starts(index: Tensor, size: int) -> Tensor:
+    """First position of the run that each position lies in: a stretch that every channel holds without a gap (a window
+    that was flattened). Neighbours in one channel alone are no run: two orders of the same channels may meet there."""
+    start = torch.arange(size)
+    none = torch.iinfo(torch.long).max
+    ordered = torch.sort(torch.where(index < 0, none, index), 1).values
+    head = ordered.clone()
+    for m in range(1, index.shape[1]):
+        both = ordered[:, m] != none
+        if bool((ordered[both, m] == ordered[both, m - 1] + 1).all()):
+            head[:, m] = head[:, m - 1]
+    start[ordered[ordered != none]] = head[ordered != none]
+    return start
 
 
 def _copy_rank(place: Tensor) -> Tensor:
