@@ -78,7 +78,7 @@ def _double(example: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
 
 
-EXCUSED = ("reaches the model's output", "is not used by the traced forward", "is picked by data")
+EXCUSED = ("reaches the model's output", "is not used by the traced forward", "is picked by data", "is picked out alone")
 
 
 def free_channels(model: Any, graph: Any) -> dict[str, Any]:

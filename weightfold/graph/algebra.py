@@ -350,7 +350,10 @@ def reshape(store: Store, value: Value, shape: tuple[int, ...]) -> Value:
 
 
 def with_blocks(store: Store, value: Value) -> Value:
-    """Give a channel grid that spans several dimensions a block field for every dimension but the last."""
+    """Give a channel grid that spans several dimensions a block field for every dimension but the last.
+
+    Indices with the same channels (heads repeated over a batch that was folded in) are the same block.
+    """
     extra = []
     for item in value.fields:
         if item.level != 0 or len(item.support) < 2:
@@ -358,7 +361,13 @@ def with_blocks(store: Store, value: Value) -> Value:
         for d in sorted(item.support)[:-1]:
             if any(block.support == {d} for block in value.blocks()):
                 continue
-            atoms = store.fresh_blocks(value.shape[d]).reshape([-1 if i == d else 1 for i in range(len(value.shape))])
+            lines = item.labels.movedim(d, 0).reshape(item.labels.shape[d], -1)
+            kinds, number = torch.unique(lines, dim=0, return_inverse=True)
+            if len(kinds) < 2:
+                continue
+            atoms = store.fresh_blocks(len(kinds))[number].reshape(
+                [-1 if i == d else 1 for i in range(len(value.shape))]
+            )
             none = torch.zeros_like(atoms)
             extra.append(Field(atoms, none, none, 1))
             store.members.append(tuple(torch.broadcast_tensors(item.labels, atoms)))

@@ -46,14 +46,9 @@ class SecondMoment:
     place_C: Tensor
 
     @classmethod
-    def of_samples(cls, samples_NC: Tensor) -> Self:
-        """Measure samples, shape (N, C): products in the samples' type about their mean, everything else in float64."""
-        n, near_C = len(samples_NC), samples_NC.mean(0)
-        centred_NC = samples_NC - near_C
-        rest_C, near_C = centred_NC.mean(0).double(), near_C.double()
-        mean_C = near_C + rest_C
-        second_CC = (centred_NC.T @ centred_NC).double() / n + torch.outer(mean_C, mean_C) - torch.outer(rest_C, rest_C)
-        return cls(n, mean_C, second_CC, torch.arange(samples_NC.shape[1], device=samples_NC.device))
+    def of_samples(cls, samples_NC: Tensor) -> SecondMoment:
+        """Measure samples, shape (N, C)."""
+        return _Sum(samples_NC).moment(torch.arange(samples_NC.shape[1]))
 
     @property
     def n_channels(self) -> int:
@@ -108,6 +103,37 @@ class SecondMoment:
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Read back what `to_state` wrote."""
         return cls(int(state["count"]), state["mean_C"], state["second_CC"], state["place_C"])
+
+
+class _Sum:
+    """Running sums about a point near the mean: products in the samples' type, sums in float64, in place.
+
+    With c the mean of the first samples, S = Σ (a - c)(a - c)ᵀ and r = Σ (a - c) / n,
+
+        E[a] = c + r,    E[a aᵀ] = S / n + c rᵀ + r cᵀ + c cᵀ.
+    """
+
+    def __init__(self, samples_NC: Tensor) -> None:
+        wide = torch.float32 if samples_NC.device.type == "mps" else torch.float64
+        self.near_C = samples_NC.mean(0)
+        self.count = 0
+        self.sum_C = torch.zeros_like(self.near_C, dtype=wide)
+        self.sum_CC = torch.zeros(len(self.near_C), len(self.near_C), dtype=wide, device=samples_NC.device)
+        self.add_(samples_NC)
+
+    def add_(self, samples_NC: Tensor) -> None:
+        near_NC = samples_NC - self.near_C
+        self.count += len(near_NC)
+        self.sum_C += near_NC.sum(0)
+        self.sum_CC += near_NC.T @ near_NC
+
+    def moment(self, place_C: Tensor) -> SecondMoment:
+        """The moments so far, on the CPU."""
+        near_C = self.near_C.double().cpu()
+        rest_C = self.sum_C.double().cpu() / self.count
+        mean_C = near_C + rest_C
+        second_CC = self.sum_CC.double().cpu() / self.count + torch.outer(mean_C, mean_C) - torch.outer(rest_C, rest_C)
+        return SecondMoment(self.count, mean_C, second_CC, place_C)
 
 
 def axis_rows(model: nn.Module, axis: Axis) -> list[Tensor]:
@@ -231,7 +257,7 @@ class Observer:
         self.model = model
         self.limit = max_samples_per_batch
         self._taps = taps(graph, group_names)
-        self._moments: dict[Key, SecondMoment] = {}
+        self._sums: dict[Key, _Sum] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -251,12 +277,7 @@ class Observer:
         Raises:
             DataError: a module was given NaN or infinite numbers.
         """
-        out = {}
-        for tap in self._taps:
-            moment = self._moments.get(tap.key)
-            if moment is not None:
-                out[tap.key] = _on_cpu(moment, tap)
-        return out
+        return {tap.key: _finite(self._sums[tap.key], tap) for tap in self._taps if tap.key in self._sums}
 
     def _hook(self, tap: _Tap) -> Any:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -270,17 +291,18 @@ class Observer:
     def _add(self, tap: _Tap, x: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             samples_NC = tap.samples(x, self.limit)
-            moment = SecondMoment.of_samples(samples_NC)
-        before = self._moments.get(tap.key)
-        self._moments[tap.key] = moment if before is None else before.merge(moment)
+            if tap.key in self._sums:
+                self._sums[tap.key].add_(samples_NC)
+            else:
+                self._sums[tap.key] = _Sum(samples_NC)
 
 
-def _on_cpu(moment: SecondMoment, tap: _Tap) -> SecondMoment:
-    mean_C, second_CC = moment.mean_C.cpu(), moment.second_CC.cpu()
-    if not bool(torch.isfinite(second_CC).all() & torch.isfinite(mean_C).all()):
+def _finite(total: _Sum, tap: _Tap) -> SecondMoment:
+    far = torch.where(tap.index_CM >= 0, tap.index_CM, torch.iinfo(torch.int64).max)
+    moment = total.moment(far.min(1).values)
+    if not bool(torch.isfinite(moment.second_CC).all()):
         raise DataError(
             f"The input of '{tap.path}' is not finite: its second moment holds NaN or infinite numbers.",
             remedy="Check the data and the loss; lower the learning rate if the run diverged.",
         )
-    far = torch.where(tap.index_CM >= 0, tap.index_CM, torch.iinfo(torch.int64).max)
-    return SecondMoment(moment.count, mean_C, second_CC, far.min(1).values)
+    return moment

@@ -64,7 +64,18 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambd
     for module in twin.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()
+    flush_caches(twin)
     return twin
+
+
+def flush_caches(model: nn.Module) -> None:
+    """Let modules that keep tensors computed from their weights in eval mode (and drop them in `train`) drop them."""
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(True)
+    for module, training in modes.items():
+        module.training = training
 
 
 def meta_tensor(source: Tensor) -> Tensor:
@@ -201,6 +212,8 @@ class Interpreter:
             return pytree.tree_map_only(torch.fx.Node, lambda n: env[n], a)
 
         args, kwargs = get(list(node.args)), get(dict(node.kwargs))
+        if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            args = [_unexpanded(n, value, env) for n, value in zip(node.args, args, strict=True)]
         if node.target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], (list, tuple)) else args[0]
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -239,17 +252,14 @@ class Interpreter:
         if not isinstance(target, torch.fx.Node) or not isinstance(env.get(target), Value):
             return
         env[target] = result
-        base = target
-        while (
-            base.op == "call_function"
-            and rules.node_name(base) in rules.MOVES
-            and isinstance(base.args[0], torch.fx.Node)
-        ):
-            base = base.args[0]
+        base, unary = target, len(rules.values_in(args)) == 1
+        while base.op == "call_function" and _is_view(base) and isinstance(base.args[0], torch.fx.Node):
+            step, base = base, base.args[0]
+            if not unary and not _seen_by_others(base, step):
+                continue
             old = env.get(base)
             if not isinstance(old, Value):
-                break
-            unary = len(rules.values_in(args)) == 1
+                continue
             if unary:
                 for item in old.fields:
                     self.store.kill(item)
@@ -260,6 +270,26 @@ class Interpreter:
                 for value in (old, *rules.values_in(args)):
                     self.store.freeze(value, "is written in place through a view")
                 env[base] = Value(old.shape)
+
+
+def _unexpanded(source: Any, value: Any, env: dict[torch.fx.Node, Any]) -> Any:
+    """What an expanded tensor was before: it does not vary along the dimensions that it was expanded to."""
+    if isinstance(source, torch.fx.Node) and source.op == "call_function" and not value.fields:
+        inner = env.get(source.args[0]) if source.args and isinstance(source.args[0], torch.fx.Node) else None
+        if rules.node_name(source) in ("expand", "expand_as", "broadcast_to") and isinstance(inner, Value):
+            return inner.lifted(len(value.shape))
+    return value
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    return node.target is operator.getitem or rules.node_name(node) in rules.MOVES
+
+
+def _seen_by_others(base: torch.fx.Node, step: torch.fx.Node) -> bool:
+    """Whether anyone but ``step`` looks at the memory that it views; parts of one split do not overlap."""
+    if step.target is operator.getitem:
+        return False
+    return any(user is not step for user in base.users)
 
 
 def trace(model: nn.Module, example: Example) -> ChannelGraph:

@@ -16,6 +16,31 @@ CONSTANTS = {"zeros": 0, "ones": 1, "full": 1, "zeros_like": 0, "ones_like": 1, 
              "new_ones": 1, "new_full": 1, "scalar_tensor": 1}  # fmt: skip
 
 
+UNTAGGED = frozenset(
+    [
+        "celu",
+        "elu",
+        "gelu",
+        "hardshrink",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "log_sigmoid",
+        "mish",
+        "prelu",
+        "relu6",
+        "rrelu",
+        "selu",
+        "silu",
+        "softplus",
+        "softshrink",
+        "threshold",
+    ]
+)
+"""Pointwise operators that PyTorch does not tag as such."""
+
+
 def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Find the rule of a node's operator and run it."""
     name = node_name(node)
@@ -31,7 +56,7 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
         store.touch(*values)
     if name in RULES:
         return RULES[name](store, node, *args, **kwargs)
-    if torch.Tag.pointwise in tags:
+    if torch.Tag.pointwise in tags or name in UNTAGGED:
         return pointwise(store, node, *args, **kwargs)
     return unknown(store, node, *args, **kwargs)
 

@@ -189,6 +189,24 @@ def sample(store: Store, node: torch.fx.Node, x: Value, *rest: Any, **__: Any) -
     return Value(out_shape(node), _spatial(store, x, len(x.shape) - 2, node_name(node)))
 
 
+@rule("col2im")
+def col2im(store: Store, node: torch.fx.Node, x: Value, size: Sequence[int], kernel: Sequence[int], *_: Any) -> Value:
+    """Fold patches back: all places of a patch hold one channel."""
+    n = math.prod(kernel)
+    d = len(x.shape) - 2
+    shape = out_shape(node)
+    fields = []
+    for item in _spatial(store, x, 1, "fold"):
+        if item.support != {d}:
+            store.freeze(replace(x, fields=(item,)), "varies over space under 'fold'")
+            continue
+        grid = item.map(lambda a: a.reshape(*a.shape[:d], shape[d], n))
+        merged = algebra.merge_along(store, grid, frozenset({d + 1}))
+        if merged is not None:
+            fields.append(merged.map(lambda a: a.reshape(*a.shape[: d + 1], *(1,) * len(size))))
+    return Value(shape, tuple(fields))
+
+
 @rule("im2col")
 def im2col(store: Store, node: torch.fx.Node, x: Value, kernel: Sequence[int], *_: Any) -> Value:
     fields = _spatial(store, x, 2, "unfold")
