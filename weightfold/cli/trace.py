@@ -11,6 +11,7 @@ import typer
 from weightfold.cli import show
 from weightfold.cli.door import Json, guarded
 
+EDITS = ("permute", "rescale", "sign", "remove", "merge")
 N_FROZEN = 20
 
 
@@ -83,11 +84,11 @@ def print_facts(facts: dict[str, Any], *, verbose: bool) -> None:
     """Print groups, frozen axes and totals."""
     rows = [
         [
-            show.plain(group["name"]),
+            show.plain(shortened(group["name"], 26)),
             group["kind"],
             f"{group['channels']:,}",
             str(group["blocks"]) if group["blocks"] > 1 else "",
-            ", ".join(group["admits"]) or "[dim]nothing[/]",
+            admitted(group["admits"]),
             show.plain(where(group["axes"])),
         ]
         for group in facts["groups"]
@@ -119,18 +120,49 @@ def _print_frozen(frozen: list[dict[str, Any]], *, verbose: bool) -> None:
         )
 
 
+def admitted(edits: list[str]) -> str:
+    """Name the edits that are exact, or the few that are not.
+
+    Example:
+        >>> admitted(["merge", "permute", "remove", "rescale"]), admitted(["permute"]), admitted([])
+        ('all but sign', 'permute', '[dim]nothing[/]')
+    """
+    missing = [edit for edit in EDITS if edit not in edits]
+    if not missing:
+        return "all"
+    if len(missing) < len(EDITS) / 2:
+        return f"all but {', '.join(missing)}"
+    return ", ".join(edits) or "[dim]nothing[/]"
+
+
 def where(axes: list[dict[str, Any]]) -> str:
     """Say which tensors write a group and which read it.
 
     Example:
         >>> axes = [{"tensor": "a.weight", "dim": 0, "role": "write"}, {"tensor": "b.weight", "dim": 1, "role": "read"}]
         >>> where(axes)
-        'a.weight[0] → b.weight[1]'
+        'a → b'
     """
     return " → ".join(_few([a for a in axes if a["role"] in roles]) for roles in (("write", "both"), ("read",)))
 
 
-def _few(axes: list[dict[str, Any]], n: int = 2) -> str:
-    weights = [axis for axis in axes if not axis["tensor"].endswith("bias")] or axes
-    text = ", ".join(f"{axis['tensor']}[{axis['dim']}]" for axis in weights[:n])
-    return text + (f" +{len(weights) - n}" if len(weights) > n else "") if text else "–"
+def _few(axes: list[dict[str, Any]]) -> str:
+    """Name the first module of some axes by the end of its path, and count the others."""
+    modules = list(dict.fromkeys(axis["tensor"].rpartition(".")[0] or axis["tensor"] for axis in axes))
+    if not modules:
+        return "–"
+    return shortened(modules[0], 20) + (f" +{len(modules) - 1}" if len(modules) > 1 else "")
+
+
+def shortened(name: str, n: int) -> str:
+    """Leave out the beginning of a long path.
+
+    Example:
+        >>> shortened("model.layers.0.self_attn.q_proj", 20)
+        '…0.self_attn.q_proj'
+    """
+    parts = name.split(".")
+    while len(parts) > 1 and len(".".join(parts)) > n - 1:
+        parts.pop(0)
+    short = ".".join(parts)
+    return short if short == name else f"…{short}"

@@ -57,7 +57,8 @@ def open_model(
     task = task or (_task_for(spec, inputs) if spec in NAMES else None)
     model = load_model(spec, weights, task=task).eval()
     builder = _builder(spec, task)
-    return Source(model, inputs or _inputs_of(model, task), Blueprint.of(model), builder)
+    fresh = None if builder.kind == "built-in" else lambda: load_model(spec, weights, task=task)
+    return Source(model, inputs or _inputs_of(model, task), Blueprint.of(model), builder, fresh=fresh)
 
 
 def is_saved(spec: str | Path) -> bool:

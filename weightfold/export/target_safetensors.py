@@ -31,6 +31,9 @@ def verify(source: Source, path: Path) -> Exported:
     from weightfold.export.saved import load
 
     rebuilt: nn.Module = load(path, source.fresh() if source.fresh else None)
+    config = getattr(rebuilt, "config", None)
+    if getattr(config, "use_cache", None):
+        setattr(config, "use_cache", False)  # noqa: B010 (a configuration of any class)
     arguments = trials(source.inputs, any_batch=False)
     difference, tolerance = compare(source.model, lambda a: rebuilt(*a[0], **a[1]), arguments, relative=0.0)
     return Exported(path, "safetensors", path.stat().st_size, difference, tolerance, True, "weightfold.load")

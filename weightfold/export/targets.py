@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+
+from torch import nn
 
 from weightfold.artifact import drafting, make_folder
 from weightfold.config import nearest
@@ -42,10 +46,25 @@ def export(source: Source, target: str, path: str | Path) -> Exported:
             "There is no example input to compare outputs with.", remedy="Pass one with --example, such as 1x3x32x32."
         )
     make_folder(path.parent)
-    with drafting(path) as draft:
+    with _without_cache(source.model), drafting(path) as draft:
         module.write(source, draft)
         exported: Exported = module.verify(source, draft)
     return replace(exported, path=path)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Have a language model of Hugging Face give its outputs alone, without what it keeps for the next token."""
+    config = getattr(model, "config", None)
+    used = getattr(config, "use_cache", None)
+    if not used:
+        yield
+        return
+    setattr(config, "use_cache", False)  # noqa: B010 (a configuration of any class)
+    try:
+        yield
+    finally:
+        setattr(config, "use_cache", used)  # noqa: B010
 
 
 def _target(name: str) -> ModuleType:

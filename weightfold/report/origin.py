@@ -50,7 +50,7 @@ def _score_row(facts: Facts, *, both: bool) -> str:
 
 def _timing_note(facts: Facts) -> str:
     folded = facts.results["arms"].get("folded", {})
-    text = "Inference: one thread, warm, in turns, median. Bytes: the file, with all that is needed to rebuild the network."
+    text = "Inference: one thread, warm, in turns, median. Bytes: the file, with all that rebuilding the network needs."
     if "prepare_seconds" in folded:
         text += (
             f" Training time of the {names_of(facts)['folded']} network includes {folded['prepare_seconds']:.1f} s of "
