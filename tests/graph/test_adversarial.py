@@ -3,15 +3,17 @@ refusal says where in the user's code it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weightfold.graph import edit as edits
 from weightfold.graph import exactness
-from weightfold.graph.group import ChannelGraph
+from weightfold.graph.apply import apply
+from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import trace
 
@@ -218,6 +220,86 @@ class Buffered(Net):
         return self.two(F.relu(self.one(x)) * self.table)
 
 
+class Parity(Net):
+    """Even channels first, then odd ones: taking any but the last channel away moves the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.two(F.relu(torch.cat([x[:, ::2], x[:, 1::2]], 1)))
+
+
+class Joined(Net):
+    """One weight made of two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(4, 8, 1, 1)), nn.Parameter(torch.randn(4, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(F.conv2d(F.relu(self.one(x)), torch.cat([self.w1, self.w2]))))
+
+
+class Symmetric(Net):
+    """A weight and its transpose, added up: each of its dimensions reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__(images=False)
+        self.w = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(F.relu(self.one(x)) @ (self.w + self.w.t())))
+
+
+class Largest(Net):
+    """The larger of two layers, one homogeneous, the other odd: neither symmetry is left."""
+
+    def __init__(self) -> None:
+        super().__init__(images=False)
+        self.other = nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.stack([F.relu(self.one(x)), torch.tanh(self.other(x))]).amax(0))
+
+
+class WithItself(nn.Module):
+    """Queries are keys: the square of a sum is no sum of squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.one(x)
+        return self.two(torch.softmax(q @ q.transpose(1, 2), -1))
+
+
+class Maxout(Net):
+    """Pairs of neighbours compete."""
+
+    def __init__(self) -> None:
+        super().__init__(into=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).unflatten(1, (-1, 2)).amax(2))
+
+
+class LastButOne(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.one(x))
+        return self.two(x * torch.sigmoid(x[:, -2:-1]))
+
+
+class Concatenated(Net):
+    """Both signs of every channel."""
+
+    def __init__(self) -> None:
+        super().__init__(into=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.two(F.relu(torch.cat([x, -x], 1)))
+
+
 IMAGES, ROWS = (2, 3, 4, 4), (5, 3)
 
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, set[str], str]] = {
@@ -243,6 +325,14 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, set[str
     "interleaved": (Interleaved, IMAGES, "", set(), ""),
     "shuffle": (Shuffled, IMAGES, "", set(), ""),
     "gram": (SelfGram, IMAGES, "one", SIZED, ""),
+    "parity": (Parity, IMAGES, "one", SIZED, ""),
+    "joined weights": (Joined, IMAGES, "", set(), ""),
+    "symmetric weight": (Symmetric, ROWS, "one", {"merge"}, ""),
+    "largest": (Largest, ROWS, "one", {"rescale", "sign"}, ""),
+    "with itself": (WithItself, (4, 5, 3), "one", {"merge"}, ""),
+    "maxout": (Maxout, IMAGES, "", set(), ""),
+    "last but one": (LastButOne, IMAGES, "one", SIZED, ""),
+    "both signs": (Concatenated, IMAGES, "", set(), ""),
 }
 
 
@@ -253,9 +343,16 @@ def built(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
     return model, example, with_sizes(model, example, trace(model, example))
 
 
+CUTS = "sizes are tried by cutting the last channel only: what is picked before it moves unseen"
+ROLES = "a weight computed from several parameters flags only the first of them as read or written"
 WRONG = {
-    "one channel": "sizes are tried by cutting the last channel only: what is picked before it moves unseen",
+    "one channel": CUTS,
+    "parity": CUTS,
     "interleaved": "groups whose sizes hang together are tried by cutting all of them at once",
+    "joined weights": ROLES,
+    "symmetric weight": ROLES,
+    "largest": "what meets along a reduced dimension keeps the gauge of the first part",
+    "with itself": "a product of a value with itself counts as a product of queries and keys",
 }
 NAMELESS = {"slices": "a refusal found by a trial names no line"}
 
@@ -272,9 +369,31 @@ def test_no_admitted_edit_is_wrong(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     with exactness.float64():
         for group in graph:
-            for check in exactness.check_group(model, graph, group.name, example, generator):
+            checks = [*exactness.check_group(model, graph, group.name, example, generator)]
+            for check in (*checks, *every_cut(model, graph, group, example)):
                 assert not check.problem, f"{check.group}, {check.kind}: {check.problem}"
                 assert check.error <= TOLERANCE, f"{check.group}, {check.kind}: relative error {check.error:.2e}"
+
+
+def every_cut(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, example: Tensor) -> Iterator[exactness.Check]:
+    """Remove every channel in turn, once it is dead; of every block the one at the same place."""
+    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
+    rows = [(block == b).nonzero().flatten().tolist() for b in torch.unique(block)]
+    if "remove" not in group.admits or min(map(len, rows)) < 2:
+        return
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    silent = group.zero_at_zero
+    for dead in zip(*rows, strict=True):
+        exactness.plant_dead(model, group, torch.tensor(dead), silent=silent)
+        edit = edits.remove(group, torch.tensor([c for c in range(group.n_channels) if c not in dead]))
+        reference = exactness.outputs(model, example)
+        _, undo = apply(model, graph, edit)
+        try:
+            error = exactness.relative_error(reference, exactness.outputs(model, example))
+            yield exactness.Check(group.name, f"remove {dead}", error)
+        finally:
+            undo.restore()
+            model.load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", marked([n for n, row in REFUSALS.items() if row[2]], {**WRONG, **NAMELESS}))
