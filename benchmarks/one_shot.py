@@ -11,7 +11,8 @@ the running statistics of batch norm are measured anew on the same images. Label
     fold + refit, measured widths
                       widths by what narrowing each block alone does to the outputs (KL to the dense network)
     magnitude, random, wanda
-                      channels removed, one share for all groups; "same widths": those of the line above
+                      channels removed, one share for all groups; "same widths": those of the line above;
+                      "+ refit": with the same refit, so that the choice alone differs
     averaging         Ward clusters of the filters, averaged, readers added up (Model Folding)
     Torch-Pruning     its own GroupMagnitudeImportance, the same layers
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
 import json
 import os
 import platform
@@ -61,7 +63,7 @@ MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.
 INNER = "layer*.conv1"
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
 """Widths at which each block is measured alone."""
-TILTS = (0.0, 3.0)
+TILTS = (0.0, 3.0, 6.0)
 """How much dearer the last block is than the first: what an early block loses, later refits mend in part."""
 BATCH = 128
 
@@ -223,9 +225,8 @@ def fold_measured(bench: Bench) -> tuple[nn.Module, Widths]:
 # others ---------------------------------------------------------------------------------------------------------------
 
 
-def averaged(bench: Bench) -> nn.Module:
+def averaged(bench: Bench, widths: Widths) -> nn.Module:
     """Ward clusters of filters, averaged; readers added up."""
-    widths = bench.uniform()
     edits = []
     for group in bench.groups:
         tree = hierarchy.ward(gather(bench.dense, group, ("write",)).numpy())
@@ -272,9 +273,11 @@ def methods(bench: Bench) -> Iterator[tuple[str, nn.Module]]:
     yield "fold + refit, measured widths", best
     for criterion in ("magnitude", "random", "wanda"):
         yield criterion, bench.edited(bench.proposed(Prune(criterion=criterion, widths=uniform, groups=INNER)))
-        same = Prune(criterion=criterion, widths=widths, groups=INNER)
-        yield f"{criterion}, same widths", bench.edited(bench.proposed(same))
-    yield "averaging", averaged(bench)
+        same = bench.proposed(Prune(criterion=criterion, widths=widths, groups=INNER))
+        yield f"{criterion}, same widths", bench.edited(same)
+        yield f"{criterion} + refit, same widths", refitted(bench, same)
+    yield "averaging", averaged(bench, uniform)
+    yield "averaging, same widths", averaged(bench, widths)
     yield "Torch-Pruning", torch_pruned(bench)
 
 
@@ -288,6 +291,11 @@ def prepared(dense: nn.Module, graph: ChannelGraph, example: Tensor, images: Ten
     generator = torch.Generator().manual_seed(seed)
     moment = Moment(dense, graph, 0, 0, observer.statistics(), example, generator)
     return Bench(dense, graph, MacModel.of(dense, graph, example), example, images, moment, share)
+
+
+def versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning", "scipy", "numpy")}
+    return {"python": platform.python_version(), "weightfold": wf.__version__, **found}
 
 
 def summary(values: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -348,12 +356,7 @@ def main() -> None:
         "threads": args.threads,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torch_pruning": "1.6.1",
-            "weightfold": wf.__version__,
-        },
+        "versions": versions(),
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

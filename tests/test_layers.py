@@ -31,6 +31,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "models": (),
         "size": ("graph",),
         "widths": ("graph", "size"),
+        "redundancy": ("graph",),
         "fingerprint": ("graph",),
         "data": ("models",),
     },

@@ -1,21 +1,11 @@
 """Fold: keep some channels of a group and express the others through them, by least squares on what their readers read.
 
-Let a be a group's channels as a reader sees them, C = E[a aᵀ] (centred where the reader has a bias to take up the mean,
-raw elsewhere: under zero padding a constant is not the same at the border) and V the reader's columns. Keeping K and
-dropping S, each reader becomes
+The equations stand in `weightfold.redundancy`. Kept channels keep their own norm statistics; every reader gets its own
+map; what a linear reader loses of the mean goes into its bias. Hidden units, convolution channels, residual streams and
+groups with blocks fold alike.
 
-    V_K + V_S M,  M = C_SK (C_KK + λ I)⁻¹,  at the error  tr(V_S (C_SS - C_SK C_KK⁻¹ C_KS) V_Sᵀ)
-
-in its output. Channels are dropped one by one, each time the one whose loss costs least after compensation:
-
-    cost_i = |v_i|² / (C⁻¹)_ii,    V -= v_i h / h_i,    C⁻¹ -= hᵀ h / h_i    with h the i-th row of C⁻¹
-
-(optimal brain surgeon for neurons), relative to the reader's output energy tr(V C Vᵀ), added up over readers. Groups
-wider than 1024 are chosen by pivoted Cholesky instead. Kept channels keep their own norm statistics.
-
-Cost: O(C³) a group once; statistics are second moments of a few batches.
-Reference: Chee et al., NeurIPS 2022 (interpolative decomposition); Hassibi & Stork, NeurIPS 1992 (optimal brain
-surgeon); differs in: the choice is made on the compensated readers, of which a group may have several.
+Cost: O(C³) a group, once; second moments of a few batches.
+Reference: Chee et al., NeurIPS 2022 (interpolative decomposition); differs in: one choice for several readers.
 """
 
 from __future__ import annotations
@@ -29,23 +19,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightfold.config import Config, nearest
 from weightfold.errors import ConfigError, DataError
-from weightfold.graph.apply import find_tensor
 from weightfold.graph.edit import Edit, fold
-from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
-from weightfold.graph.observe import SecondMoment, axis_rows, gather
-from weightfold.methods.base import Key, Method, Moment, Proposal
+from weightfold.graph.group import ChannelGraph, ChannelGroup
+from weightfold.graph.observe import gather
+from weightfold.methods.base import Method, Moment, Proposal
+from weightfold.redundancy import MAX_EXACT, Floats, Path, Reader, choose, readers_of
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform
-
-MAX_EXACT = 1024
-"""Widest group (channels) whose channels are chosen by exact elimination."""
-
-Floats = np.ndarray
-"""float64 arrays."""
 
 
 class FoldConfig(Config):
@@ -71,220 +55,6 @@ class FoldConfig(Config):
     """channels that every group keeps at least"""
     floor: float = Field(default=0.1, ge=0, le=1)
     """share of channels that every group keeps at least when `macs` is given"""
-
-
-# readers --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Reader:
-    """One reader of a group: what it reads and how strongly.
-
-    Args:
-        second_CC: second moment of the channels, centred if ``mean_C`` is given, float64.
-        gram_CC: VᵀV, inner products of the reader's columns, float64.
-        count: samples behind the moment.
-        mean_C: mean of the channels where the reader's bias can take it up, else None.
-    """
-
-    key: Key
-    second_CC: Floats
-    gram_CC: Floats
-    count: int
-    mean_C: Floats | None = None
-
-    @property
-    def energy(self) -> float:
-        """tr(V C Vᵀ): mean square of the reader's output, summed over outputs."""
-        return float((self.second_CC * self.gram_CC).sum())
-
-    @property
-    def weight(self) -> float:
-        """One over the energy; 0 for a reader without output."""
-        energy = self.energy
-        return 1 / energy if energy > 0 else 0.0
-
-    def ridge(self, share: float) -> float:
-        """The λ that stands for a share of the mean diagonal."""
-        mean = float(np.diag(self.second_CC).mean())
-        return share * (mean if mean > 0 else 1.0)
-
-    def map(self, keep: Floats, drop: Floats, ridge: float) -> Floats:
-        """M = C_SK (C_KK + λ I)⁻¹, shape (S, K): dropped channels as combinations of kept ones."""
-        inner = self.second_CC[np.ix_(keep, keep)] + self.ridge(ridge) * np.eye(len(keep))
-        return _solve(inner, self.second_CC[np.ix_(keep, drop)]).T
-
-    def error(self, keep: Floats, drop: Floats, map_SK: Floats) -> float:
-        """tr(V_S E[(a_S - M a_K)(a_S - M a_K)ᵀ] V_Sᵀ) over the output energy."""
-        cross = map_SK @ self.second_CC[np.ix_(keep, drop)]
-        inner = map_SK @ self.second_CC[np.ix_(keep, keep)] @ map_SK.T
-        residual = self.second_CC[np.ix_(drop, drop)] - cross - cross.T + inner
-        return float((residual * self.gram_CC[np.ix_(drop, drop)]).sum()) * self.weight
-
-    def shift(self, keep: Floats, drop: Floats, map_SK: Floats) -> Floats:
-        """What the dropped channels leave for the bias: their mean less what the kept ones bring of it, shape (C,)."""
-        assert self.mean_C is not None
-        out = np.zeros_like(self.mean_C)
-        out[drop] = self.mean_C[drop] - map_SK @ self.mean_C[keep]
-        return out
-
-
-def _solve(a: Floats, b: Floats) -> Floats:
-    """Solve a symmetric positive semidefinite system; a singular one with the least ridge that helps."""
-    matrix, mean = torch.from_numpy(a), float(np.diag(a).mean())
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    share = 1e-13
-    while int(info):
-        share *= 10
-        factor, info = torch.linalg.cholesky_ex(matrix + share * (mean or 1.0) * torch.eye(len(a), dtype=torch.float64))
-    return torch.cholesky_solve(torch.from_numpy(b), factor).numpy()
-
-
-def readers_of(model: nn.Module, group: ChannelGroup, statistics: Mapping[Key, SecondMoment]) -> list[Reader]:
-    """Gather a group's readers.
-
-    Raises:
-        DataError: fewer samples than channels; names the reader.
-    """
-    return [_reader(model, axis, statistics[axis.key]) for axis in group.role("read")]
-
-
-def _reader(model: nn.Module, axis: Axis, moment: SecondMoment) -> Reader:
-    own = moment.of(axis)
-    if own.count < own.n_channels:
-        raise DataError(
-            f"'{axis.tensor}' reads {own.n_channels} channels; {own.count} samples are too few to relate them.",
-            remedy="Raise 'stats_batches', or observe more data.",
-        )
-    centred = _takes_mean(model, axis)
-    second_CC = (own.covariance() if centred else own.second()).numpy()
-    gram_CC = sum((rows @ rows.T for rows in axis_rows(model, axis)), torch.zeros(())).numpy()
-    apart = _apart(axis)
-    return Reader(axis.key, second_CC * apart, gram_CC * apart, own.count, own.mean_C.numpy() if centred else None)
-
-
-def _takes_mean(model: nn.Module, axis: Axis) -> bool:
-    """Whether the reader is a linear layer with a bias."""
-    owner, leaf, weight = find_tensor(model, axis.tensor)
-    bias = getattr(owner, leaf.replace("weight", "bias"), None)
-    return weight.ndim == 2 and leaf.endswith("weight") and isinstance(bias, Tensor)
-
-
-def _apart(axis: Axis) -> Floats:
-    """1 where two channels reach the same outputs, 0 where they lie in different groups of a grouped convolution."""
-    slab = (axis.index[:, 0] // (axis.size // axis.slabs)).numpy()
-    return (slab[:, None] == slab[None, :]).astype(np.float64)
-
-
-# choice ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Path:
-    """The order in which channels are dropped, and what it has cost after each.
-
-    Args:
-        order: channels in the order of dropping, shape (D,); with blocks, one of every block in turn.
-        cost: relative error of the readers' outputs after 0..D channels, shape (D + 1,).
-    """
-
-    order: Floats
-    cost: Floats
-
-    def kept(self, n_channels: int, width: int) -> Floats:
-        """The channels left at a width, ascending."""
-        keep = np.ones(n_channels, bool)
-        keep[self.order[: n_channels - width]] = False
-        return np.flatnonzero(keep)
-
-
-def choose(readers: Sequence[Reader], block: Floats | None, ridge: float) -> Path:
-    """Order a group's channels from the most to the least dispensable, down to one of every block."""
-    n_channels = len(readers[0].second_CC)
-    blocks = np.zeros(n_channels, np.int64) if block is None else block
-    return (eliminate if n_channels <= MAX_EXACT else cholesky_path)(readers, blocks, ridge)
-
-
-def eliminate(readers: Sequence[Reader], block: Floats, ridge: float) -> Path:
-    """Drop the channel that costs least after compensation, again and again (see the module's equations)."""
-    states = [_State.of(reader, ridge) for reader in readers]
-    left = np.ones(len(block), bool)
-    order, cost = [], [0.0]
-    for number in _rounds(block):
-        score = np.where(left & (block == number), _rounded(np.sum([s.costs(left) for s in states], 0)), np.inf)
-        i = int(score.argmin())
-        order.append(i)
-        cost.append(cost[-1] + max(float(score[i]), 0.0))
-        left[i] = False
-        for state in states:
-            state.drop(i)
-    return Path(np.array(order, np.int64), np.array(cost))
-
-
-def _rounds(block: Floats) -> list[int]:
-    """The block to drop from at each step: all in turn, until each has one channel left."""
-    n_blocks = int(block.max()) + 1
-    return list(range(n_blocks)) * (len(block) // n_blocks - 1)
-
-
-def _rounded(score: Floats) -> Floats:
-    """Scores without their last digits, so that equal channels tie and the first one is taken."""
-    return np.round(score, 13)
-
-
-@dataclass(eq=False)
-class _State:
-    """The inverse C⁻¹ and the Gram matrix of a reader's compensated columns, while channels are dropped."""
-
-    inverse: Floats
-    gram: Floats
-    weight: float
-
-    @classmethod
-    def of(cls, reader: Reader, ridge: float) -> _State:
-        jitter = reader.ridge(max(ridge, 1e-10)) * np.eye(len(reader.second_CC))
-        inverse = _solve(reader.second_CC + jitter, np.eye(len(jitter)))
-        return cls((inverse + inverse.T) / 2, reader.gram_CC.copy(), reader.weight)
-
-    def costs(self, left: Floats) -> Floats:
-        diagonal = np.where(left, np.diag(self.inverse), 1.0)
-        return self.weight * np.diag(self.gram) / np.maximum(diagonal, 1e-30)
-
-    def drop(self, i: int) -> None:
-        """Compensate for channel i: rank-one on the inverse, rank-two on the Gram matrix."""
-        h = self.inverse[i] / self.inverse[i, i]
-        g = self.gram[i].copy()
-        self.gram += np.outer(h, h) * g[i] - np.outer(h, g) - np.outer(g, h)
-        self.inverse -= np.outer(h, self.inverse[i])
-        self.inverse[i] = self.inverse[:, i] = self.gram[i] = self.gram[:, i] = 0.0
-
-
-def cholesky_path(readers: Sequence[Reader], block: Floats, ridge: float) -> Path:
-    """Choose what to keep by pivoted Cholesky on C, weighted by the norms of the readers' columns.
-
-    Each pivot is the channel that is explained worst by those before it. O(C³ / 3), for wide groups.
-    """
-    total = np.zeros_like(readers[0].second_CC)
-    for reader in readers:
-        norm = np.sqrt(np.maximum(np.diag(reader.gram_CC), 0))
-        total += reader.weight * norm[:, None] * norm * (reader.second_CC + reader.ridge(ridge) * np.eye(len(norm)))
-    n = len(block)
-    factor, rest = np.zeros((n, n)), np.diag(total).copy()
-    left, pivots, cost = np.ones(n, bool), [], [float(rest.sum())]
-    for number in [*range(int(block.max()) + 1), *_rounds(block)]:
-        i = int(np.where(left & (block == number), _rounded(rest), -np.inf).argmax())
-        k = len(pivots)
-        column = total[:, i] - factor[:, :k] @ factor[i, :k]
-        factor[:, k] = column / np.sqrt(max(rest[i], 1e-300))
-        rest = np.maximum(rest - factor[:, k] ** 2, 0)
-        left[i], rest[i] = False, 0.0
-        pivots.append(i)
-        cost.append(float(rest.sum()))
-    n_blocks = int(block.max()) + 1
-    return Path(np.array(pivots[n_blocks:][::-1], np.int64), np.array(cost[n_blocks:][::-1]))
-
-
-# the method -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +124,7 @@ class _Job:
         """The kept channel that is most like a dropped one, where it is read most strongly."""
         second = max(self.readers, key=lambda r: r.gram_CC[i, i] * r.second_CC[i, i] * r.weight).second_CC
         scale = np.sqrt(np.maximum(np.diag(second)[keep] * second[i, i], 1e-300))
-        correlation = _rounded(second[i, keep] / scale)
+        correlation = np.round(second[i, keep] / scale, 13)
         j = int(np.abs(correlation).argmax())
         coefficient = second[i, keep[j]] / max(float(second[keep[j], keep[j]]), 1e-300)
         return {"partner": int(keep[j]), "correlation": float(correlation[j]), "coefficient": float(coefficient)}
@@ -404,7 +174,7 @@ class Fold(Method):
     Example:
         >>> import weightfold as wf
         >>> from weightfold.graph.observe import Observer
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> x, graph = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)), wf.trace(net, torch.zeros(1, 4))
         >>> with Observer(net, graph) as observer:
         ...     _ = net(x)
@@ -467,10 +237,18 @@ class Fold(Method):
 
     def _job(self, moment: Moment, group: ChannelGroup) -> _Job:
         readers, ridge = readers_of(moment.model, group, moment.statistics), self._ridge(moment)
-        path = choose(readers, None if group.block is None else group.block.numpy(), ridge)
+        path = choose(readers, None if group.block is None else group.block.numpy(), ridge, self._least(group))
         norms = gather(moment.model, group).norm(dim=1).numpy()
         random = torch.rand(group.n_channels, generator=moment.generator).numpy()
         return _Job(group, readers, path, norms, random, ridge, self._grid())
+
+    def _least(self, group: ChannelGroup) -> int:
+        """The narrowest width that can be asked for."""
+        if self.config.widths is not None:
+            return self.config.widths.get(group.name, group.n_channels)
+        if self.config.macs is None:
+            return self._grid().nearest(group, self.config.keep * group.n_channels)
+        return self._grid().widths(group)[-1]
 
     def _grid(self) -> Grid:
         floor = 0.0 if self.config.macs is None else self.config.floor
