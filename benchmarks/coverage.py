@@ -78,7 +78,16 @@ def _double(example: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
 
 
-EXCUSED = ("reaches the model's output", "is not used by the traced forward", "is picked by data", "is picked out alone")
+EXCUSED = (
+    "reaches the model's output",
+    "is not used by the traced forward",
+    "is picked by data",
+    "is picked out alone",
+)
+
+
+STREAM = ("hidden_size", "d_model", "n_embd", "dim")
+"""A residual stream to which a fixed table of positions is added cannot be edited; it is no hidden layer."""
 
 
 def free_channels(model: Any, graph: Any) -> dict[str, Any]:
@@ -91,6 +100,8 @@ def free_channels(model: Any, graph: Any) -> dict[str, Any]:
                     free.setdefault(axis.key, set()).update(axis.index[axis.index >= 0].tolist())
     excused = {(f.tensor, f.dim): f.reason for f in graph.frozen}
     n_free = n_locked = n_excused = 0
+    stream = {getattr(getattr(model, "config", None), name, None) for name in STREAM}
+    linear = {f"{p}.weight" for p, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     locked = []
     for tensor, dim, n in _writers(model, graph.shapes):
         have = len(free.get((tensor, dim), ()))
@@ -98,7 +109,7 @@ def free_channels(model: Any, graph: Any) -> dict[str, Any]:
         n_free += have
         if have == n or n < 2:
             continue
-        if any(text in reason for text in EXCUSED):
+        if any(text in reason for text in EXCUSED) or (n in stream and tensor in linear and "fixed table" in reason):
             n_excused += n - have
         else:
             n_locked += n - have
@@ -138,7 +149,7 @@ QUERY = re.compile(
 
 def headless(model: Any, graph: Any) -> list[str]:
     """Attention layers with several heads of which no group of heads is free."""
-    prefixes = [a.tensor for g in graph if g.kind == "blocks" and g.free for a in g.axes]
+    free = [g for g in graph if g.free]
     out = []
     for path, module in model.named_modules():
         names = [n for n, _ in module.named_children()] + [n for n, _ in module.named_parameters(recurse=False)]
@@ -146,7 +157,8 @@ def headless(model: Any, graph: Any) -> list[str]:
         used = any(key.startswith(f"{path}.") for key in graph.shapes)
         if heads < 2 or not used or not any(QUERY.search(n) for n in names):
             continue
-        if not any(t.startswith(f"{path}.") for t in prefixes):
+        mine = [g for g in free if any(a.tensor.startswith(f"{path}.") for a in g.axes)]
+        if not any(g.kind == "blocks" or g.n_channels == heads for g in mine):
             out.append(path)
     return out
 

@@ -212,8 +212,6 @@ class Interpreter:
             return pytree.tree_map_only(torch.fx.Node, lambda n: env[n], a)
 
         args, kwargs = get(list(node.args)), get(dict(node.kwargs))
-        if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            args = [_unexpanded(n, value, env) for n, value in zip(node.args, args, strict=True)]
         if node.target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], (list, tuple)) else args[0]
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -270,15 +268,6 @@ class Interpreter:
                 for value in (old, *rules.values_in(args)):
                     self.store.freeze(value, "is written in place through a view")
                 env[base] = Value(old.shape)
-
-
-def _unexpanded(source: Any, value: Any, env: dict[torch.fx.Node, Any]) -> Any:
-    """What an expanded tensor was before: it does not vary along the dimensions that it was expanded to."""
-    if isinstance(source, torch.fx.Node) and source.op == "call_function" and not value.fields:
-        inner = env.get(source.args[0]) if source.args and isinstance(source.args[0], torch.fx.Node) else None
-        if rules.node_name(source) in ("expand", "expand_as", "broadcast_to") and isinstance(inner, Value):
-            return inner.lifted(len(value.shape))
-    return value
 
 
 def _is_view(node: torch.fx.Node) -> bool:

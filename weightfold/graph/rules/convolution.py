@@ -78,26 +78,33 @@ def _depthwise(store: Store, x: Value, weight: Value, groups: int) -> Value:
     return Value((x.shape[0], n), tuple(fields))
 
 
-def _grouped(store: Store, x: Value, weight: Value, name: str, groups: int) -> Value:
+def _inner(store: Store, weight: Value, name: str | None, groups: int) -> list[Field]:
+    """What each group reads: a parameter's columns have a meaning per group; computed ones are shared by all groups."""
+    columns = _field(weight, 1)
+    if name is None:
+        return [] if columns is None else [columns.map(lambda a: a.reshape(1, 1, 1, -1))]
+    if columns is not None:
+        store.flag(columns.labels, FROZEN, "is read in slabs, one per group of the convolution")
+        store.kill(columns)
+    slab = store.slab(name, 1, groups, weight.shape[1]).reshape(1, groups, 1, -1)
+    return [Field(slab, slab, slab)]
+
+
+def _grouped(store: Store, x: Value, weight: Value, name: str | None, groups: int) -> Value:
     """Each group of output channels reads its own group of input channels: the groups are blocks."""
     n_out, n_in = weight.shape[0] // groups, weight.shape[1]
-    for item in weight.fields:
-        if item.support == {1}:
-            store.flag(item.labels, FROZEN, "is read in slabs, one per group of the convolution")
-            store.kill(item)
     blocks = store.fresh_blocks(groups).reshape(1, groups, 1, 1)
     none = torch.zeros_like(blocks)
     block = Field(blocks, none, none, 1)
     store.used.append(blocks.flatten())
     rows = _field(weight, 0)
-    slab = store.slab(name, 1, groups, n_in).reshape(1, groups, 1, n_in)
     kernel_fields = [block]
     if rows is not None:
         rows = rows.map(lambda a: a.reshape(1, groups, n_out, 1))
         kernel_fields.append(rows)
         store.members.append(tuple(torch.broadcast_tensors(rows.labels, blocks)))
         store.rect(rows.labels.reshape(groups, n_out))
-    kernel_fields.append(Field(slab, slab, slab))
+    kernel_fields += _inner(store, weight, name, groups)
     kernel = Value((1, groups, n_out, n_in), tuple(kernel_fields), state=True)
     fields = []
     for item in x.fields:
@@ -132,7 +139,7 @@ def _convolve(
         out = _plain(store, flat, algebra.permute(kernel, (1, 0)) if transposed else kernel)
     elif kernel.shape[1] == 1 and (not transposed or kernel.shape[0] == groups):
         out = _depthwise(store, flat, kernel, groups)
-    elif weight.name is not None and not transposed:
+    elif not transposed:
         tap(store, node, weight, 1, 1)
         out = _grouped(store, flat, kernel, weight.name, groups)
     else:

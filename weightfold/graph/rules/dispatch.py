@@ -16,29 +16,15 @@ CONSTANTS = {"zeros": 0, "ones": 1, "full": 1, "zeros_like": 0, "ones_like": 1, 
              "new_ones": 1, "new_full": 1, "scalar_tensor": 1}  # fmt: skip
 
 
-UNTAGGED = frozenset(
-    [
-        "celu",
-        "elu",
-        "gelu",
-        "hardshrink",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "log_sigmoid",
-        "mish",
-        "prelu",
-        "relu6",
-        "rrelu",
-        "selu",
-        "silu",
-        "softplus",
-        "softshrink",
-        "threshold",
-    ]
-)
+UNTAGGED = frozenset({
+    "celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish",
+    "prelu", "relu6", "rrelu", "selu", "silu", "softplus", "softshrink", "threshold",
+})  # fmt: skip
 """Pointwise operators that PyTorch does not tag as such."""
+
+
+KEEPING = frozenset({"slice", "narrow", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout"})
+"""Movements that leave every dimension in its place."""
 
 
 def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -62,10 +48,21 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
 
 
 def _unlabelled(node: torch.fx.Node, name: str, values: Sequence[Value], pointwise_op: bool) -> Any:
-    """No channel is met: only remember whether the result is a constant."""
+    """No channel is met: only remember whether the result is a constant.
+
+    Its shape has 1 where it was merely expanded: it does not vary there.
+    """
     result = shapes_of(node)
-    if isinstance(result, Value) and values and (name in MOVES or pointwise_op):
-        uniform = all(v.uniform or v.shape == () for v in values)
-        zero = name in MOVES and name != "pad" and all(v.zero for v in values)
-        return replace(result, uniform=uniform, zero=zero, state=all(v.state for v in values))
+    if not isinstance(result, Value) or not values or not (name in MOVES or pointwise_op):
+        return result
+    uniform = all(v.uniform or v.shape == () for v in values)
+    zero = name in MOVES and name != "pad" and all(v.zero for v in values)
+    result = replace(result, uniform=uniform, zero=zero, state=all(v.state for v in values))
+    if name in KEEPING and len(values[0].shape) == len(result.shape):
+        thin = tuple(1 if a == 1 else b for a, b in zip(values[0].shape, result.shape, strict=True))
+        result = replace(result, shape=thin)
+    elif pointwise_op or name in ("expand", "expand_as", "broadcast_to"):
+        varying = [v.shape for v in values[: 1 if name in MOVES else None] if not v.uniform]
+        shape = tuple(torch.broadcast_shapes((), *varying))
+        result = replace(result, shape=(1,) * (len(result.shape) - len(shape)) + shape)
     return result

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightfold.graph import algebra
-from weightfold.graph.labels import NO_MERGE, NO_REMOVE, OFFSET, Store, Value
+from weightfold.graph.labels import NO_MERGE, NO_REMOVE, OFFSET, Field, Store, Value, kept
 from weightfold.graph.rules.core import node_name, on, rule, without_gauge
 
 
@@ -155,3 +155,23 @@ def weight_norm(store: Store, node: torch.fx.Node, v: Value, g: Value, dim: int 
         store, replace(v, name=None, fields=tuple(without_gauge(store, f) for f in v.fields)), norm, "mul"
     )
     return algebra.meet(store, unit, g, "mul")
+
+
+@rule("glu")
+def glu(store: Store, node: torch.fx.Node, x: Value, dim: int = -1) -> Value:
+    """The first half of a dimension times the sigmoid of the second."""
+    d, n = on(x, dim), x.shape[on(x, dim)] // 2
+    shape = tuple(n if i == d else m for i, m in enumerate(x.shape))
+
+    def half(start: int) -> Value:
+        fields: list[Field] = []
+        for item in x.fields:
+            wide = [x.shape[d] if i == d else m for i, m in enumerate(item.labels.shape)]
+            cut = item.map(lambda a, w=tuple(wide): a.expand(w).narrow(d, start, n))
+            fields += kept(store, cut) if d in item.support else [item]
+        return Value(shape, tuple(fields))
+
+    gate = half(n)
+    _offset(store, gate)
+    gate = replace(gate, fields=tuple(without_gauge(store, f) for f in gate.fields))
+    return algebra.meet(store, half(0), gate, "mul")

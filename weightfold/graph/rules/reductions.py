@@ -147,9 +147,25 @@ def group_norm(
     return _affine(store, algebra.reshape(store, grid, x.shape), 1, weight, bias)
 
 
-def _spatial(store: Store, x: Value, n: int, name: str) -> tuple[Field, ...]:
+def _idle(x: Value, n: int, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> frozenset[int]:
+    """Dimensions that a pool has in its window with size and stride 1: nothing happens there."""
+    if name.startswith("adaptive") or not name.startswith(("max_pool", "avg_pool")) or not args:
+        return frozenset()
+    kernel = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+    stride = args[1] if len(args) > 1 and args[1] else kwargs.get("stride") or kernel
+    padding = args[2] if len(args) > 2 else kwargs.get("padding", 0)
+    spread = [list(v) * n if len(v) == 1 else list(v) for v in (kernel, _listed(stride), _listed(padding))]
+    first = len(x.shape) - n
+    return frozenset(first + i for i, (k, s, p) in enumerate(zip(*spread, strict=True)) if (k, s, p) == (1, 1, 0))
+
+
+def _listed(value: Any) -> Sequence[int]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _spatial(store: Store, x: Value, n: int, name: str, idle: frozenset[int] = frozenset()) -> tuple[Field, ...]:
     """Fields that do not vary over the last n dimensions; the others are frozen."""
-    dims = frozenset(range(len(x.shape) - n, len(x.shape)))
+    dims = frozenset(range(len(x.shape) - n, len(x.shape))) - idle
     fields = []
     for item in x.fields:
         if item.support & dims:
@@ -159,10 +175,10 @@ def _spatial(store: Store, x: Value, n: int, name: str) -> tuple[Field, ...]:
     return tuple(fields)
 
 
-def pool(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Any:
+def pool(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
     name = node_name(node)
     n = next(int(c) for c in reversed(name.replace("_with_indices", "").replace("_aa", "")) if c.isdigit())
-    fields = _spatial(store, x, n, name)
+    fields = _spatial(store, x, n, name, _idle(x, n, name, args, kwargs))
     if "max" in name or "lp" in name:
         for item in fields:
             store.kill_sgn(item.sgn)
