@@ -108,18 +108,22 @@ def _solve(a: Floats, b: Floats) -> Floats:
     return torch.cholesky_solve(torch.from_numpy(b), factor).numpy()
 
 
-def readers_of(model: nn.Module, group: ChannelGroup, statistics: Mapping[Key, SecondMoment]) -> list[Reader]:
+def readers_of(
+    model: nn.Module, group: ChannelGroup, statistics: Mapping[Key, SecondMoment], per_channel: float = 1.0
+) -> list[Reader]:
     """Gather a group's readers.
 
+    Args:
+        per_channel: samples needed for each channel; below 1 only a strong ridge gives sense to the result.
     Raises:
-        DataError: fewer samples than channels; names the reader.
+        DataError: too few samples; names the reader.
     """
-    return [_reader(model, axis, statistics[axis.key]) for axis in group.role("read")]
+    return [_reader(model, axis, statistics[axis.key], per_channel) for axis in group.role("read")]
 
 
-def _reader(model: nn.Module, axis: Axis, moment: SecondMoment) -> Reader:
+def _reader(model: nn.Module, axis: Axis, moment: SecondMoment, per_channel: float) -> Reader:
     own = moment.of(axis)
-    if own.count < own.n_channels:
+    if own.count < per_channel * own.n_channels:
         raise DataError(
             f"'{axis.tensor}' reads {own.n_channels} channels; {own.count} samples are too few to relate them.",
             remedy="Raise 'stats_batches', or observe more data.",

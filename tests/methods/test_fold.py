@@ -20,7 +20,7 @@ from weightfold.graph.apply import apply
 from weightfold.graph.observe import Observer
 from weightfold.methods.base import Moment, Proposal
 from weightfold.methods.fold import Fold, FoldConfig
-from weightfold.models import Classes, ImageInput, TaskSpec
+from weightfold.models import Classes, ImageInput, NextToken, TaskSpec, TextInput
 from weightfold.size import macs
 
 
@@ -264,6 +264,29 @@ def test_a_macs_target_is_met_by_what_is_counted_afterwards(share: float) -> Non
     assert share - 0.01 <= macs(model, moment.example) / total <= share
 
 
+TASKS = (
+    TaskSpec(input=ImageInput(channels=3, height=16, width=16), output=Classes(n=4)),
+    TaskSpec(input=TextInput(vocab=11, context=16), output=NextToken(vocab=11)),
+)
+SMALL = {"vgg-small": {"width": 16}, "resnet9": {"width": 8}, "mlp": {"hidden": (48, 32)}, "lenet5": {}}
+
+
+@pytest.mark.parametrize("name", ["char-gpt", "lenet5", "mlp", "resnet9", "vgg-small", "vit-tiny"])
+def test_built_in_networks_fold_in_one_shot_and_still_run(name: str) -> None:
+    task = next(task for task in TASKS if name in models.serving(task))
+    model = models.build(name, task, **SMALL.get(name, {})).eval()
+    x = torch.randint(11, (64, 16)) if task.input.kind == "text" else draw(600, 3, 16, 16).float()
+    moment = moment_of(model, x)
+    before = model(x[:2]).detach()
+    method = Fold(keep=0.75)
+    method.prepare(moment)
+    proposals = method.step(moment)
+    assert proposals
+    applied(moment, proposals)
+    assert model(x[:2]).shape == before.shape
+    assert macs(model, moment.example) < macs(models.build(name, task, **SMALL.get(name, {})), moment.example)
+
+
 SCRIPT = """
 import torch, sys
 sys.path[:0] = {paths!r}
@@ -300,6 +323,9 @@ def test_the_same_choice_under_two_hash_seeds(tmp_path: Path) -> None:
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(DataError, match=r"'2.weight' reads 12 channels; 11 samples are too few"):
         Fold().step(moment_of(seeded(mlp), draw(11, 5)))
+    assert len(Fold(ridge=0.1).step(moment_of(seeded(mlp), draw(11, 5)))) == 2
+    with pytest.raises(DataError, match="2 samples are too few"):
+        Fold(ridge=0.1).step(moment_of(seeded(mlp), draw(2, 5)))
 
 
 def test_no_statistics_are_refused() -> None:

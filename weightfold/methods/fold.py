@@ -31,6 +31,9 @@ from weightfold.redundancy import MAX_EXACT, Floats, Path, Reader, choose, reade
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform
 
+STRONG = 0.05
+"""Ridge from which a quarter as many samples as channels will do."""
+
 
 class FoldConfig(Config):
     """Settings of `fold`."""
@@ -236,7 +239,8 @@ class Fold(Method):
         return [self._job(moment, group) for group in seen]
 
     def _job(self, moment: Moment, group: ChannelGroup) -> _Job:
-        readers, ridge = readers_of(moment.model, group, moment.statistics), self._ridge(moment)
+        ridge = self._ridge(moment)
+        readers = readers_of(moment.model, group, moment.statistics, 1.0 if ridge < STRONG else 0.25)
         path = choose(readers, None if group.block is None else group.block.numpy(), ridge, self._least(group))
         norms = gather(moment.model, group).norm(dim=1).numpy()
         random = torch.rand(group.n_channels, generator=moment.generator).numpy()
