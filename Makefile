@@ -59,7 +59,7 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 demo: $(STAMP)
-	$(BIN)/weightfold train digits --out runs/demo
+	$(BIN)/weightfold train digits --out runs/demo --force
 
 check: format-check lint types layers test
 

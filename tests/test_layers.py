@@ -33,6 +33,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "widths": ("graph", "size"),
         "redundancy": ("graph",),
         "fingerprint": ("graph",),
+        "gate": (),
         "data": ("models",),
     },
     {

@@ -255,7 +255,7 @@ class Compressor:
 
     def _watch(self) -> None:
         """Put hooks on for the next forward when a method wants statistics of it, off otherwise."""
-        wanted = any(m.observes(self._step, self.total_steps) for m in self.methods)
+        wanted = self.total_steps > 0 and any(m.observes(self._step, self.total_steps) for m in self.methods)
         if wanted and self._observer is None:
             self._observer = Observer(self.model, self.graph)
             self._observer.__enter__()

@@ -1,4 +1,4 @@
-"""From statements about atoms to channel groups: connected components, sorted by kind."""
+"""From solved statements to channel groups: components sorted by kind, with what each kind admits."""
 
 from __future__ import annotations
 
@@ -7,281 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from weightfold.graph import labels as L
-from weightfold.graph.group import Axis, ChannelGroup, Frozen, Gauge
-from weightfold.graph.labels import Store
-
-OUTPUT = "reaches the model's output"
-"""The reason that explains most: no edit inside can change what the model returns."""
-
-Ints = NDArray[np.int64]
-Hashes = NDArray[np.uint64]
-
-
-def mix(x: Ints | Hashes | np.uint64 | int) -> Hashes:
-    """A fixed 64-bit hash of integers (splitmix64), the same in every process."""
-    with np.errstate(over="ignore"):
-        z = np.asarray(x).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def _components(n: int, a: Ints, b: Ints) -> Ints:
-    graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
-
-
-def _stack(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
-    if not pairs:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    return (
-        torch.cat([p[0].flatten() for p in pairs]).numpy(),
-        torch.cat([p[1].flatten() for p in pairs]).numpy(),
-    )
-
-
-@dataclass
-class Atoms:
-    """Every seeded atom as parallel arrays, and what is known of the component of each."""
-
-    atom: Ints
-    seed: Ints
-    pos: Ints
-    comp: Ints
-    touch: Hashes
-
-
-@dataclass
-class Facts:
-    """The solved store: components, flags, hashes and gauges by atom or component."""
-
-    store: Store
-    comp: Ints
-    plain: Ints
-    comp_flags: Ints
-    atom_flags: Ints
-    touch: Hashes
-    comp_touch: Hashes
-    is_block: NDArray[np.bool_]
-    base: Atoms
-    reason: dict[int, dict[int, int]]
-
-    @property
-    def n_comps(self) -> int:
-        return len(self.comp_flags)
-
-
-def _block_families(store: Store, comp: Ints) -> Ints:
-    """Blocks that one view split off, or that were said to be the same as such, belong together."""
-    runs = [run.numpy() for run in store.block_runs]
-    if not runs:
-        return np.arange(int(comp.max()) + 1)
-    left = np.concatenate([np.full(len(run), comp[run[0]]) for run in runs])
-    return _components(int(comp.max()) + 1, left, comp[np.concatenate(runs)])
-
-
-def _join_equal_blocks(store: Store, comp: Ints) -> Ints:
-    """Blocks of two families that hold the same channels are the same blocks: give them one component."""
-    labels, blocks = _stack(store.members)
-    keep = (labels > 0) & (blocks > 0)
-    if not keep.any():
-        return comp
-    family = _block_families(store, comp)
-    holds: dict[int, dict[int, int]] = {}
-    for member, block in np.unique(np.stack([comp[labels[keep]], comp[blocks[keep]]]), axis=1).T.tolist():
-        mine = holds.setdefault(int(family[block]), {})
-        mine[member] = -1 if mine.get(member, block) != block else block
-    by_member: dict[int, list[int]] = {}
-    for fam, mine in holds.items():
-        for member in mine:
-            by_member.setdefault(member, []).append(fam)
-    a: list[int] = []
-    b: list[int] = []
-    for left, right in sorted({(x, y) for fams in by_member.values() for x in fams for y in fams if x < y}):
-        pairs = {(holds[left][c], holds[right][c]) for c in holds[left].keys() & holds[right].keys()}
-        one_to_one = len({p for p, _ in pairs}) == len({q for _, q in pairs}) == len(pairs)
-        if one_to_one and all(p >= 0 and q >= 0 for p, q in pairs):
-            a += [p for p, _ in pairs]
-            b += [q for _, q in pairs]
-    return _components(int(comp.max()) + 1, np.array(a, np.int64), np.array(b, np.int64))[comp]
-
-
-def solve(store: Store) -> Facts:
-    """Take the connected components and carry flags and hashes over to them."""
-    n = store.n_atoms
-    comp = _components(n, *_stack([(a, b) for a, b, _ in store.edges]))
-    comp = _join_equal_blocks(store, comp)
-    plain = _components(n, *_stack([(a, b) for a, b, is_plain in store.edges if is_plain]))
-    n_comps = int(comp.max()) + 1
-    atom_flags = np.zeros(n, np.int64)
-    comp_flags = np.zeros(n_comps, np.int64)
-    reason: dict[int, dict[int, int]] = {}
-    for event, (atoms, bit, _, text) in enumerate(store.flags):
-        index = atoms.numpy()
-        atom_flags[index] |= bit
-        if bit not in (L.READ, L.WRITE, L.COMPUTED):
-            first = reason.setdefault(bit, {})
-            for c in np.unique(comp[index]):
-                if text == OUTPUT:
-                    first[int(c)] = event
-                first.setdefault(int(c), event)
-    _spread_read(store, atom_flags)
-    np.bitwise_or.at(comp_flags, comp, atom_flags)
-    touch = np.zeros(n, np.uint64)
-    with np.errstate(over="ignore"):
-        for key, flat in store.touches:
-            values = flat.numpy()
-            np.add.at(touch, values[values > 0], mix(key))
-        comp_touch = np.zeros(n_comps, np.uint64)
-        np.add.at(comp_touch, comp, touch)
-    is_block = np.zeros(n_comps, bool)
-    seeded = np.zeros(n, bool)
-    atom = np.concatenate([np.arange(s.start, s.start + s.n) for s in store.seeds] or [np.zeros(0, np.int64)])
-    seeded[atom] = True
-    is_block[comp[~seeded]] = True
-    is_block[comp[0]] = False
-    base = Atoms(
-        atom,
-        np.repeat(np.arange(len(store.seeds)), [s.n for s in store.seeds]),
-        np.concatenate([np.arange(s.n) for s in store.seeds] or [np.zeros(0, np.int64)]),
-        comp[atom],
-        touch[atom],
-    )
-    return Facts(store, comp, plain, comp_flags, atom_flags, touch, comp_touch, is_block, base, reason)
-
-
-# gauges -------------------------------------------------------------------------------------------------------------
-
-
-def _gauge_roots(store: Store, kind: str) -> tuple[Ints, Ints]:
-    """Root and exponent of the gauge of every atom; root -1 where it is dead.
-
-    Signs are followed on the double cover: atom a is the pair of nodes (a, +), (a, -).
-    """
-    n = store.n_atoms
-    edges = store.pos_edges if kind == "positive" else store.sgn_edges
-    dead_list = store.dead_pos if kind == "positive" else store.dead_sgn
-    a, b = _stack(edges)
-    node = lambda signed: 2 * np.abs(signed) + (signed < 0)  # noqa: E731
-    na, nb = node(a), node(b)
-    root = _components(2 * n, np.concatenate([na, na ^ 1]), np.concatenate([nb, nb ^ 1]))
-    plus, minus = root[0::2], root[1::2]
-    low = np.minimum(plus, minus)
-    exponent = np.where(plus <= minus, 1, -1)
-    dead = np.zeros(int(root.max()) + 1, bool)
-    if kind == "positive":
-        dead[low[plus == minus]] = True
-    if dead_list:
-        dead[low[torch.cat(dead_list).numpy()]] = True
-    return np.where(dead[low], -1, low), exponent
-
-
-def _spread_read(store: Store, flags: Ints) -> None:
-    """A weight that is itself computed (a query made from learned latents) reads with all its parts, its bias too."""
-    n = store.n_atoms
-    a, b = _stack(store.pos_edges)
-    node = lambda signed: 2 * np.abs(signed) + (signed < 0)  # noqa: E731
-    root = _components(2 * n, np.concatenate([node(a), node(a) ^ 1]), np.concatenate([node(b), node(b) ^ 1]))
-    plus, minus = root[0::2], root[1::2]
-    reads = np.zeros(int(root.max()) + 1, bool)
-    reads[plus[(flags & L.COMPUTED) != 0]] = True
-    flags[reads[plus] & (plus != minus)] |= L.COMPUTED
-
-
-def _gauges_of(facts: Facts, channel: Ints, rows: Ints, roots: Ints, exponents: Ints, kind: str) -> list[Gauge]:
-    """Gauges of one group. ``rows`` index the base atoms of the group, ``channel`` is the channel of each."""
-    base, seeds = facts.base, facts.store.seeds
-    root, sign = roots[base.atom[rows]], exponents[base.atom[rows]]
-    alive = root >= 0
-    rows, channel, root, sign = rows[alive], channel[alive], root[alive], sign[alive]
-    if not len(rows):
-        return []
-    _, ids = np.unique(root, return_inverse=True)
-    signature = np.zeros(ids.max() + 1, np.uint64)
-    with np.errstate(over="ignore"):
-        np.add.at(signature, ids, mix(base.seed[rows].astype(np.uint64) * np.uint64(4) + (sign > 0).astype(np.uint64)))
-    gauges = []
-    for key in dict.fromkeys(signature.tolist()):
-        mine = signature[ids] == np.uint64(key)
-        r, c, s, i = rows[mine], channel[mine], sign[mine], ids[mine]
-        order = np.lexsort((base.pos[r], base.seed[r]))
-        first = dict.fromkeys(i[order].tolist())
-        number = {g: k for k, g in enumerate(first)}
-        local = np.array([number[g] for g in i.tolist()])
-        channels = np.zeros(len(first), np.int64)
-        channels[local] = c
-        flip = 1 if s[np.argmin(base.seed[r])] > 0 else -1
-        axes = []
-        for seed_id in np.unique(base.seed[r]):
-            for e in (1, -1):
-                pick = (base.seed[r] == seed_id) & (s * flip == e)
-                if pick.any():
-                    index = _table(local[pick], base.pos[r][pick], base.touch[r][pick], len(first))
-                    seed = seeds[seed_id]
-                    axes.append((seed.tensor, seed.dim, seed.slabs, e, torch.from_numpy(index)))
-        if kind == "sign" or any(a[3] > 0 for a in axes):
-            gauges.append(Gauge(kind, torch.from_numpy(channels), tuple(axes)))
-    return gauges
-
-
-def _table(channel: Ints, pos: Ints, touch: Hashes, n: int) -> Ints:
-    """Positions by channel, (n, M), -1 where a channel has fewer."""
-    order = np.lexsort((pos, touch, channel))
-    channel, pos = channel[order], pos[order]
-    counts = np.bincount(channel, minlength=n)
-    rank = np.arange(len(channel)) - np.repeat(np.cumsum(counts) - counts, counts)
-    out = np.full((n, int(counts.max())), -1, np.int64)
-    out[channel, rank] = pos
-    return out
-
-
-# grids --------------------------------------------------------------------------------------------------------------
-
-
-def _grids(facts: Facts) -> tuple[list[list[Ints]], Ints]:
-    """Lines of components that must keep equal counts, and the components whose grid makes no sense."""
-    families: list[list[Ints]] = []
-    broken: list[Ints] = []
-    for labels in facts.store.rects:
-        array = np.where(labels.numpy() > 0, facts.comp[np.maximum(labels.numpy(), 0)], -1)
-        for d in range(array.ndim):
-            if array.shape[d] > 1 and (array == np.take(array, [0], d)).all():
-                array = np.take(array, [0], d)
-        array = array.squeeze()
-        if array.ndim < 2:
-            continue
-        if (array < 0).any():
-            broken.append(np.unique(array[array >= 0]))
-            continue
-        lines = list({tuple(np.unique(line).tolist()) for line in array.reshape(-1, array.shape[-1])})
-        lines.sort()
-        if len(lines) < 2:
-            continue
-        flat = np.array([c for line in lines for c in line], dtype=np.int64)
-        if len(np.unique(flat)) != len(flat):
-            broken.append(np.unique(flat))
-            continue
-        families.append([np.array(line, dtype=np.int64) for line in lines])
-    bad = np.unique(np.concatenate(broken)) if broken else np.zeros(0, np.int64)
-    return families, bad
-
-
-def _reason(facts: Facts, comps: Ints, bits: int, where: Sequence[str]) -> str:
-    """The first recorded reason for any of some flags on any of some components."""
-    events = [first[c] for bit, first in facts.reason.items() if bit & bits for c in comps.tolist() if c in first]
-    if not events:
-        return "is laid out in a grid whose lines overlap"
-    best = min(events, key=lambda event: (facts.store.flags[event][3] != OUTPUT, event))
-    _, _, node, text = facts.store.flags[best]
-    return f"{text}{where[node]}" if text else f"is part of a layout that cannot change{where[node]}"
-
-
-# groups -------------------------------------------------------------------------------------------------------------
+from weightfold.graph.gauges import gauge_roots, gauges_of, paired_role
+from weightfold.graph.group import Axis, ChannelGroup, Frozen
+from weightfold.graph.solve import (
+    Facts,
+    Hashes,
+    Ints,
+    block_families,
+    components,
+    grids,
+    mix,
+    reason_of,
+    stacked,
+    table,
+)
 
 
 @dataclass
@@ -292,7 +33,7 @@ class Builder:
     where: Sequence[str]
 
     def __post_init__(self) -> None:
-        self.roots = {kind: _gauge_roots(self.facts.store, kind) for kind in ("positive", "sign")}
+        self.roots = {kind: gauge_roots(self.facts.store, kind) for kind in ("positive", "sign")}
         self.names: set[str] = set()
 
     def channel_groups(self) -> list[ChannelGroup]:
@@ -300,7 +41,7 @@ class Builder:
         live = ~facts.is_block[base.comp] & (facts.comp_touch[base.comp] != 0)
         rows = np.flatnonzero(live)
         classes = self._classes(rows)
-        lines, bad = _grids(facts)
+        lines, bad = grids(facts)
         family, block = self._families(classes, lines)
         groups = []
         order = np.argsort(family[base.comp[rows]], kind="stable")
@@ -342,7 +83,7 @@ class Builder:
                     b.append(linked)
         left, right = np.concatenate(a), np.concatenate(b)
         keep = (left >= 0) & (right >= 0)
-        joined = _components(n, left[keep], right[keep])
+        joined = components(n, left[keep], right[keep])
         return np.where(classes >= 0, joined[classes], -1), block
 
     def _channel_group(self, rows: Ints, block: Hashes, bad: Ints) -> ChannelGroup | None:
@@ -366,12 +107,12 @@ class Builder:
         ids = np.array([first[b] for b in ids.tolist()])
         even = len(set(np.bincount(ids).tolist())) == 1
         gauges = [
-            g for kind, (roots, exps) in self.roots.items() for g in _gauges_of(facts, channel, rows, roots, exps, kind)
+            g for kind, (roots, exps) in self.roots.items() for g in gauges_of(facts, channel, rows, roots, exps, kind)
         ]
         reasons: dict[str, str] = {}
         admits = set()
         if fixed.all():
-            why = _reason(facts, comps, L.FROZEN | L.FROZEN_IN, self.where)
+            why = reason_of(facts, comps, L.FROZEN | L.FROZEN_IN, self.where)
             reasons = dict.fromkeys(("permute", "remove", "merge"), why)
         else:
             admits |= {"permute", "remove", "merge"}
@@ -416,7 +157,7 @@ class Builder:
 
     def _revoke(self, admits: set[str], reasons: dict[str, str], kind: str, comps: Ints, bits: int) -> None:
         admits.discard(kind)
-        reasons[kind] = _reason(self.facts, comps, bits, self.where)
+        reasons[kind] = reason_of(self.facts, comps, bits, self.where)
 
     def _axes(
         self, rows: Ints, channel: Ints, n: int, *, paired: bool = False, whole: bool = False
@@ -429,14 +170,14 @@ class Builder:
             mine = base.seed[rows] == seed_id
             r = rows[mine]
             seed = facts.store.seeds[seed_id]
-            index = torch.from_numpy(_table(channel[mine], base.pos[r], base.touch[r], n))
+            index = torch.from_numpy(table(channel[mine], base.pos[r], base.touch[r], n))
             bits = int(np.bitwise_or.reduce(facts.atom_flags[base.atom[r]]))
             read, write = bool(bits & L.READ), bool(bits & L.WRITE)
             if bits & L.COMPUTED and not whole:
                 read, write = True, bool((facts.atom_flags[base.atom[r]] & L.COMPUTED == 0).any())
             role = "both" if read and write else "read" if read else "write" if write else "pointwise"
             if paired and role != "both":
-                role = _paired_role(role, exponent[base.atom[r]])
+                role = paired_role(role, exponent[base.atom[r]])
             tap = facts.store.taps.get((seed.tensor, seed.dim))
             axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, tap))
         return tuple(axes)
@@ -467,10 +208,10 @@ class Builder:
         facts = self.facts
         if not facts.store.used:
             return []
-        labels, blocks = _stack(facts.store.members)
+        labels, blocks = stacked(facts.store.members)
         keep = (labels > 0) & (blocks > 0)
         used = np.unique(facts.comp[torch.cat([u.flatten() for u in facts.store.used]).numpy()])
-        family = _block_families(facts.store, facts.comp)
+        family = block_families(facts.store, facts.comp)
         root_of_label, root_of_block = facts.plain[labels[keep]], facts.comp[blocks[keep]]
         groups = []
         for fam in dict.fromkeys(family[used].tolist()):
@@ -598,15 +339,8 @@ class Builder:
             if (facts.comp_touch[comps] == 0).all():
                 text = "is not used by the traced forward"
             else:
-                text = _reason(facts, comps, L.FROZEN | L.FROZEN_IN, self.where)
+                text = reason_of(facts, comps, L.FROZEN | L.FROZEN_IN, self.where)
             if " kernel" in text or " slabs" in text:
                 continue
             out.append(Frozen(seed.tensor, seed.dim, int(lost.sum()), text))
         return out
-
-
-def _paired_role(role: str, exponents: Ints) -> str:
-    """In a product of two activations (queries and keys) one side writes the channel, the other reads it."""
-    if (exponents > 0).all():
-        return "write" if role == "read" else role
-    return "read" if (exponents < 0).all() else "both"

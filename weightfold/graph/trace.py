@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 from weightfold.errors import TraceError
 from weightfold.graph import labels as L
 from weightfold.graph import rules
-from weightfold.graph.build import OUTPUT, Builder, solve
+from weightfold.graph.build import Builder
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
+from weightfold.graph.solve import OUTPUT, solve
 
 Example = Any
 """One tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
