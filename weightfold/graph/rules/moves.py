@@ -52,7 +52,8 @@ def reorder(store: Store, node: torch.fx.Node, x: Value, *args: Any, **_: Any) -
 @rule("expand", "expand_as", "broadcast_to", move=True)
 def expand(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     shape = out_shape(node)
-    return replace(x.lifted(len(shape)), shape=shape, name=None)
+    wide = x.lifted(len(shape))
+    return replace(wide, shape=shape, name=None) if x.fields else wide
 
 
 def along(store: Store, node: torch.fx.Node, x: Value, dim: int, args: tuple, kwargs: dict, index: int | None) -> Value:
