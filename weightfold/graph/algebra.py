@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weightfold.graph.labels import (
     COMPUTED,
+    COMPUTED_WRITE,
     FROZEN,
     NO_MERGE,
     NO_REMOVE,
@@ -194,9 +195,10 @@ def reduce(store: Store, value: Value, dims: frozenset[int], bits: int, reason: 
             if not keep and _covered(value, item, dims):
                 mark_used(store, value, dims)
             continue
+        store.kill(item)
         merged = merge_along(store, item, item.support & dims)
         if merged is not None:
-            fields.append(merged)
+            fields.append(merged.without_gauge())
     shape = value.shape if keep else tuple(1 if d in dims else n for d, n in enumerate(value.shape))
     return replace(value, shape=shape, fields=tuple(fields), name=None)
 
@@ -221,6 +223,9 @@ def contract(store: Store, left: Value, right: Value, dims: frozenset[int]) -> V
             for item in side.fields:
                 if not item.support & dims:
                     store.flag(item.labels, WRITE)
+                    if side.computed:
+                        store.flag(item.labels, COMPUTED_WRITE)
+                        store.flag(item.labels, NO_MERGE, "is written by a weight that is computed from others")
     if any((a.support | b.support) & dims for a, b in matches):
         joint = _meet_and_read(store, left, right, matches, rest_l, rest_r, dims)
     else:
@@ -281,8 +286,11 @@ def _read_pair(store: Store, left: Value, right: Value, a: Field, b: Field, dims
         reader = b if right.state else a
         computed = (right if right.state else left).computed
         store.flag(reader.labels, COMPUTED if computed else READ)
+        if computed:
+            store.flag(reader.labels, NO_MERGE, "is read by a weight that is computed from others")
     else:
-        paired = bool(((a.pos != 0).all()) and (b.pos != 0).all())
+        itself = bool(torch.isin(a.labels[a.labels > 0], b.labels).any())
+        paired = not itself and bool((a.pos != 0).all() and (b.pos != 0).all())
         store.flag(combine_labels(a.labels, b.labels), PAIRED if paired else NO_MERGE, "is multiplied with itself")
     big, owner = (a, left) if len(a.support) >= len(b.support) else (b, right)
     for block in owner.blocks():
@@ -296,7 +304,10 @@ def _read_pair(store: Store, left: Value, right: Value, a: Field, b: Field, dims
         mark_used(store, owner, dims)
         return None
     merged = merge_along(store, big, big.support & dims)
-    return None if merged is None else merged.without_gauge()
+    if merged is None:
+        return None
+    store.kill(merged)
+    return merged.without_gauge()
 
 
 def moved(store: Store, value: Value, shape: tuple[int, ...], function: Callable[[Tensor], Tensor]) -> Value:

@@ -60,7 +60,7 @@ class Builder:
         key = np.zeros(facts.n_comps, np.uint64)
         with np.errstate(over="ignore"):
             np.add.at(key, base.comp[rows], mix(base.touch[rows] + mix(base.seed[rows])))
-            keep = ~(L.READ | L.WRITE | L.COMPUTED)
+            keep = ~(L.READ | L.WRITE | L.COMPUTED | L.COMPUTED_WRITE)
             key += mix(facts.comp_touch + mix(facts.comp_flags & keep))
         used = np.zeros(facts.n_comps, bool)
         used[base.comp[rows]] = True
@@ -174,7 +174,9 @@ class Builder:
             bits = int(np.bitwise_or.reduce(facts.atom_flags[base.atom[r]]))
             read, write = bool(bits & L.READ), bool(bits & L.WRITE)
             if bits & L.COMPUTED and not whole:
-                read, write = True, bool((facts.atom_flags[base.atom[r]] & L.COMPUTED == 0).any())
+                whole_comp = int(np.bitwise_or.reduce(facts.comp_flags[base.comp[r]]))
+                read = True
+                write = bool(whole_comp & L.COMPUTED_WRITE or (facts.atom_flags[base.atom[r]] & L.COMPUTED == 0).any())
             role = "both" if read and write else "read" if read else "write" if write else "pointwise"
             if paired and role != "both":
                 role = paired_role(role, exponent[base.atom[r]])

@@ -25,9 +25,20 @@ from torch import Tensor
 FOREIGN, UNIFORM, ZERO = 0, -1, -2
 """Labels of elements that belong to no channel: data that varies, a constant, and a constant that is zero."""
 
-FROZEN, FROZEN_IN, NO_REMOVE, NO_REMOVE_IN, NO_MERGE, NO_MERGE_IN, OFFSET, READ, WRITE, PAIRED, COMPUTED = (
-    1 << bit for bit in range(11)
-)
+(
+    FROZEN,
+    FROZEN_IN,
+    NO_REMOVE,
+    NO_REMOVE_IN,
+    NO_MERGE,
+    NO_MERGE_IN,
+    OFFSET,
+    READ,
+    WRITE,
+    PAIRED,
+    COMPUTED,
+    COMPUTED_WRITE,
+) = (1 << bit for bit in range(12))
 """Flags on atoms. ``_IN`` forbids it among the channels of one block and leaves whole blocks alone."""
 
 INNER = {FROZEN: FROZEN_IN, NO_REMOVE: NO_REMOVE_IN, NO_MERGE: NO_MERGE_IN}

@@ -67,18 +67,21 @@ def _cloned(source: Tensor) -> Tensor:
     return nn.Parameter(copy, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else copy
 
 
-def unit_change(group: ChannelGroup) -> edits.Edit | None:
-    """Remove the last channel of every block; where a single one would be left, which is no group any more, copy it.
+def unit_change(group: ChannelGroup, at: int = -1) -> edits.Edit | None:
+    """Remove one channel of every block; where a single one would be left, which is no group any more, copy it.
 
-    None when a block has a single channel.
+    Args:
+        at: which of each block: -1 the last, 0 the first.
+    Returns:
+        None when a block has a single channel.
     """
     block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
-    last = [int((block == b).nonzero()[-1]) for b in torch.unique(block)]
+    chosen = [int((block == b).nonzero()[at]) for b in torch.unique(block)]
     smallest = int(torch.bincount(block).min())
     if smallest < 2:
         return None
     copies = torch.ones(group.n_channels, dtype=torch.long)
-    copies[last] = 0 if smallest > 2 else 2
+    copies[chosen] = 0 if smallest > 2 else 2
     carry = torch.repeat_interleave(torch.arange(group.n_channels), copies)
     return edits.Edit(group.name, "trial", group.n_channels, carry)
 
@@ -96,7 +99,7 @@ def with_sizes(model: nn.Module, example: Example, graph: ChannelGraph) -> Chann
     if bench.meta:
         plain = trace(bench.twin(), bench.example)
         graph = replace(graph, operators=plain.operators, constants=plain.constants)
-    if not _trial(bench, graph, candidates):
+    if not _trial_all(bench, graph, candidates):
         return graph
     solved: dict[Any, Outcome] = {}
     kinds: dict[Any, list[str]] = {}
@@ -107,9 +110,21 @@ def with_sizes(model: nn.Module, example: Example, graph: ChannelGraph) -> Chann
             solved[key] = _solve(bench, graph, name)
     graph = _with_outcomes(graph, kinds, solved)
     good = [name for key, names in kinds.items() if solved[key].attributes is not None for name in names]
-    if good and _trial(bench, graph, _disjoint(graph, good)):
+    if good and _trial_all(bench, graph, good):
         return _one_by_one(bench, graph, good)
     return graph
+
+
+def _trial_all(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
+    """Try many groups with few traces: those that share no axis and no attribute are cut together."""
+    waiting = list(names)
+    while waiting:
+        now = _disjoint(graph, waiting)
+        problem = _trial(bench, graph, now)
+        if problem:
+            return problem
+        waiting = [name for name in waiting if name not in now]
+    return ""
 
 
 def _disjoint(graph: ChannelGraph, names: Sequence[str]) -> list[str]:
@@ -269,14 +284,21 @@ def _subsets(attributes: Sequence[Attribute]) -> Iterator[tuple[Attribute, ...]]
 
 
 def _trial(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
-    """Cut one unit of every named group on a copy and trace it; "" when all is as predicted, else what is not."""
+    """Cut one unit of every named group on a copy and trace it; "" when all is as predicted, else what is not.
+
+    Once at the end of every group and once at its beginning: what is picked by position shows in one of the two.
+    """
+    return _trial_at(bench, graph, names, -1) or _trial_at(bench, graph, names, 0)
+
+
+def _trial_at(bench: Bench, graph: ChannelGraph, names: Sequence[str], at: int) -> str:
     twin = bench.twin()
     expected = graph
     grown: set[str] = set()
     try:
         for name in names:
             current = next((g for g in expected.groups if g.name == name), None)
-            change = None if current is None else unit_change(current)
+            change = None if current is None else unit_change(current, at)
             if change is not None:
                 grown |= {name} if change.n_after > change.n_channels else set()
                 expected, _ = apply(twin, expected, change)

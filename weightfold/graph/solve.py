@@ -135,7 +135,7 @@ def solve(store: Store) -> Facts:
     for event, (atoms, bit, _, text) in enumerate(store.flags):
         index = atoms.numpy()
         atom_flags[index] |= bit
-        if bit not in (L.READ, L.WRITE, L.COMPUTED):
+        if bit not in (L.READ, L.WRITE, L.COMPUTED, L.COMPUTED_WRITE):
             first = reason.setdefault(bit, {})
             for c in np.unique(comp[index]):
                 if text == OUTPUT:

@@ -176,6 +176,7 @@ def cat(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 0)
         shape,
         tuple(fields) + rest.fields,
         state=all(p.state for p in parts),
+        computed=all(p.state for p in parts),
         uniform=all(p.zero for p in parts),
         zero=all(p.zero for p in parts),
     )
