@@ -216,12 +216,26 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def save(path: Path, rows: list[dict[str, Any]], torch_pruning: Path | None) -> None:
+    """Write what is known so far: a run that is cut off leaves its finished rows."""
+    import torch
+
+    import weightfold
+
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "weightfold": weightfold.__version__}
+    text = json.dumps({"versions": facts, "summary": summary(rows, torch_pruning), "rows": rows}, indent=1) + "\n"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one")
     parser.add_argument("--only", default="")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--stride", type=int, default=1, help="check every n-th architecture only")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--torch-pruning", type=Path)
     options = parser.parse_args()
@@ -232,19 +246,15 @@ def main() -> None:
     from architectures import architectures
 
     names = [a.name for a in architectures() if options.only in a.name]
+    names = names[:: options.stride] if options.stride > 1 else names
     rows = []
     with ThreadPoolExecutor(options.workers) as pool:
         for row in pool.map(run_one, names):
             rows.append(row)
             print(line(row), flush=True)
+            if options.out is not None:
+                save(options.out, rows, options.torch_pruning)
     results = summary(rows, options.torch_pruning)
-    if options.out is not None:
-        import torch
-
-        import weightfold
-
-        facts = {"python": platform.python_version(), "torch": torch.__version__, "weightfold": weightfold.__version__}
-        options.out.write_text(json.dumps({"versions": facts, "summary": results, "rows": rows}, indent=1) + "\n")
     print(json.dumps(results))
 
 

@@ -165,7 +165,8 @@ def _replaced(graph: ChannelGraph, group: ChannelGroup) -> ChannelGraph:
 
 
 def _revoked(graph: ChannelGraph, name: str, problem: str) -> ChannelGraph:
-    return _replaced(graph, graph[name].without({"remove", "merge"}, problem))
+    reason = f"{problem}. {REMEDY}" if "written" in problem else problem
+    return _replaced(graph, graph[name].without({"remove", "merge"}, reason))
 
 
 def kind_of(model: nn.Module, group: ChannelGroup) -> Any:

@@ -37,7 +37,7 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
         return None
     tags = getattr(node.target, "tags", ())
     if not any(v.fields for v in values):
-        return _unlabelled(node, name, values, torch.Tag.pointwise in tags)
+        return _unlabelled(node, name, values, torch.Tag.pointwise in tags or name in ("where", "masked_fill"))
     if name not in MOVES:
         store.touch(*values)
     if name in RULES:

@@ -140,19 +140,24 @@ def indexed(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
             return torch.full(a.shape, constant, dtype=torch.long)
         return [fill(b, constant) for b in a] if isinstance(a, (list, tuple)) else a
 
+    def pick(item: Field, constant: int) -> Field:
+        return item.map(lambda array: call(node, array.expand(x.shape), *fill(args, constant), **kwargs))
+
     fields = []
     for item in x.fields:
-        try:
-            low, high = (
-                item.map(lambda array, c=c: call(node, array.expand(x.shape), *fill(args, c), **kwargs))
-                for c in (0, -1)
-            )
-        except (RuntimeError, IndexError):
-            low, high = (
-                item.map(lambda array, c=c: call(node, array.expand(x.shape), *fill(args, c), **kwargs)) for c in (0, 0)
-            )
-            high = None
-        if high is None or low.labels.shape != torch.Size(shape) or bool((low.labels != high.labels).any()):
+        low = high = None
+        for other in (-1, 1):
+            try:
+                low, high = pick(item, 0), pick(item, other)
+                break
+            except (RuntimeError, IndexError):
+                continue
+        if (
+            low is None
+            or high is None
+            or low.labels.shape != torch.Size(shape)
+            or bool((low.labels != high.labels).any())
+        ):
             store.forbid(x, item, item.support, FROZEN, "is picked by data")
             continue
         fields += kept(store, low)
