@@ -343,16 +343,7 @@ def built(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
     return model, example, with_sizes(model, example, trace(model, example))
 
 
-NAMELESS = {"slices": "a refusal found by a trial names no line"}
-
-
-def marked(names: list[str], faults: dict[str, str]) -> list[object]:
-    return [
-        pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=faults[n])) if n in faults else n for n in names
-    ]
-
-
-@pytest.mark.parametrize("name", marked(list(REFUSALS), {}))
+@pytest.mark.parametrize("name", list(REFUSALS))
 def test_no_admitted_edit_is_wrong(name: str) -> None:
     model, example, graph = built(name)
     generator = torch.Generator().manual_seed(5)
@@ -385,7 +376,7 @@ def every_cut(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, exampl
             model.load_state_dict(state)
 
 
-@pytest.mark.parametrize("name", marked([n for n, row in REFUSALS.items() if row[2]], NAMELESS))
+@pytest.mark.parametrize("name", [n for n, row in REFUSALS.items() if row[2]])
 def test_what_cannot_be_edited_is_refused_with_its_line(name: str) -> None:
     _, _, where, refused, words = REFUSALS[name]
     _, _, graph = built(name)

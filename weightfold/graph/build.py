@@ -149,7 +149,13 @@ class Builder:
             gauges=tuple(gauges),
             modules=self._modules(rows),
             zero_at_zero=not flags & L.OFFSET,
+            written=self._written(comps),
         )
+
+    def _written(self, comps: Ints) -> tuple[str, ...]:
+        mine = set(comps.tolist())
+        hits = (node for node, atom in self.facts.store.written if int(self.facts.comp[int(atom[0])]) in mine)
+        return tuple(dict.fromkeys(self.where[node] for node in hits if self.where[node]))
 
     def _any_gauge(self, rows: Ints) -> bool:
         atoms = self.facts.base.atom[rows]

@@ -73,6 +73,7 @@ class ChannelGroup:
             the same number of channels.
         admits: edits that are exact on this group.
         reasons: why an edit is not admitted, with the source line.
+        written: lines that name a size or a position of these channels in numbers, as " (file:line: code)".
         attributes: integer attributes of modules that must follow the group's size: (module path, attribute, factor).
     """
 
@@ -87,6 +88,7 @@ class ChannelGroup:
     modules: tuple[str, ...] = ()
     attributes: tuple[tuple[str, str, Fraction], ...] = ()
     zero_at_zero: bool = True
+    written: tuple[str, ...] = ()
 
     @property
     def free(self) -> bool:

@@ -164,6 +164,7 @@ class Store:
     used: list[Tensor] = field(default_factory=list)
     block_runs: list[Tensor] = field(default_factory=list)
     touches: list[tuple[int, Tensor]] = field(default_factory=list)
+    written: list[tuple[int, Tensor]] = field(default_factory=list)
     taps: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
     node: int = 0
     _slabs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)

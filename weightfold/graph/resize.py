@@ -165,7 +165,9 @@ def _replaced(graph: ChannelGraph, group: ChannelGroup) -> ChannelGraph:
 
 
 def _revoked(graph: ChannelGraph, name: str, problem: str) -> ChannelGraph:
-    reason = f"{problem}. {REMEDY}" if "written" in problem else problem
+    lines = graph[name].written
+    suspects = f"; numbers are written at{', '.join(lines[:3])}" if lines and "written" in problem else ""
+    reason = f"{problem}{suspects}. {REMEDY}" if "written" in problem else problem
     return _replaced(graph, graph[name].without({"remove", "merge"}, reason))
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from weightfold.graph.labels import Store, Value
 from weightfold.graph.rules.core import MOVES, RULES, node_name, out_shape, shapes_of, unknown, values_in
@@ -40,11 +41,29 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
         return _unlabelled(node, name, values, torch.Tag.pointwise in tags or name in ("where", "masked_fill"))
     if name not in MOVES:
         store.touch(*values)
+    else:
+        _note_sizes(store, node, values)
     if name in RULES:
         return RULES[name](store, node, *args, **kwargs)
     if torch.Tag.pointwise in tags or name in UNTAGGED:
         return pointwise(store, node, *args, **kwargs)
     return unknown(store, node, *args, **kwargs)
+
+
+def _note_sizes(store: Store, node: torch.fx.Node, values: Sequence[Value]) -> None:
+    """Remember where a movement names sizes or positions in numbers: the suspects, should a size not be free."""
+    numbers = {a for a in pytree.tree_leaves((node.args, node.kwargs)) if type(a) is int and a > 1}
+    for value in values:
+        for item in value.fields:
+            if item.level == 0 and numbers & set(out_sizes(node, value, item.support)):
+                store.written.append((store.node, item.labels[item.labels > 0][:1]))
+
+
+def out_sizes(node: torch.fx.Node, value: Value, support: frozenset[int]) -> list[int]:
+    """Sizes of the labelled dimensions, and of everything that the node makes of them."""
+    first = node.meta["val"][0] if isinstance(node.meta.get("val"), (tuple, list)) else node.meta.get("val")
+    after = [] if first is None else [int(n) for n in first.shape]
+    return [value.shape[d] for d in support] + [n for n in after if n not in value.shape]
 
 
 def _unlabelled(node: torch.fx.Node, name: str, values: Sequence[Value], pointwise_op: bool) -> Any:
