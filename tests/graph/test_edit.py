@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -438,8 +439,8 @@ def test_an_edit_that_fails_halfway_is_taken_back() -> None:
     assert sizes(model) == attributes
 
 
-def test_an_undo_keeps_identities_where_tensors_were_replaced() -> None:
-    """Recurrent layers keep weak references: their parameters are replaced, not swapped, and come back themselves."""
+def test_an_undo_keeps_identities_in_recurrent_layers() -> None:
+    """Recurrent layers hold their parameters a second time, behind weak references."""
     model, example, graph = fresh("recurrent")
     optimizer = torch.optim.Adam(model.parameters())
     output = model(example)
@@ -513,3 +514,40 @@ def test_a_single_channel_with_several_places_is_not_split() -> None:
     graph, _ = apply(model, graph, edits.remove(graph["fc"], torch.tensor([2])))
     with pytest.raises(EditError, match="cannot be told apart"):
         edits.split(graph["fc"], torch.tensor([2]))
+
+
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_training_goes_on_while_the_last_loss_is_held(name: str, watched: bool, back: bool) -> None:
+    """The user's loop keeps its loss until the next one: neither an edit nor its undo may trip over that graph."""
+    model, example, graph = fresh(name)
+    parameters = list(model.parameters())
+    references = [weakref.ref(p) for p in parameters] if watched else []
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+    seen = []
+    parameters[0].register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.shape)))
+    group = next(g for g in graph if {"permute", "merge"} <= g.admits)
+    loss = torch.zeros(())
+    for step in range(4):
+        loss = model(example).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            _, undo = apply(model, graph, edits.remove(group, kept_half(group)), [optimizer])
+            if back:
+                undo.restore()
+    assert bool(torch.isfinite(loss))
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    assert len(seen) == 4
+    assert all(r() is not None for r in references)
+
+
+def test_a_graph_recorded_before_an_edit_is_refused_by_autograd() -> None:
+    model, example, graph = fresh("mixed")
+    stale = model(example).square().mean()
+    group = graph["inner"]
+    apply(model, graph, edits.permute(group, torch.arange(group.n_channels - 1, -1, -1)))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()

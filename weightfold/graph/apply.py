@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,12 +32,11 @@ class Undo:
     mappings: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = field(default_factory=list)
     optimizer: list[tuple[torch.optim.Optimizer, nn.Module, str, dict[str, Any]]] = field(default_factory=list)
     reset: list[str] = field(default_factory=list)
-    replaced: list[Tensor] = field(default_factory=list)
 
     def restore(self) -> None:
         """Put everything back."""
-        for model, owner, leaf, old, optimizers in reversed(self.tensors):
-            put_tensor(model, owner, leaf, old, optimizers, swap=all(old is not t for t in self.replaced))
+        for _, owner, leaf, old, _ in reversed(self.tensors):
+            put_tensor(getattr(owner, leaf), old)
         for optimizer, model, name, state in reversed(self.optimizer):
             optimizer.state[find_tensor(model, name)[2]] = state
         for mapping, name, old in reversed(self.mappings):
@@ -60,41 +59,23 @@ def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
         ) from error
 
 
-def put_tensor(
-    model: nn.Module,
-    owner: nn.Module,
-    leaf: str,
-    new: Tensor,
-    optimizers: Iterable[torch.optim.Optimizer] = (),
-    *,
-    swap: bool = True,
-) -> Tensor:
-    """Put a tensor in place of another so that ties, hooks and optimisers follow; return what holds the old contents.
+def put_tensor(tensor: Tensor, value: Tensor) -> Tensor:
+    """Give a parameter or buffer new contents of any shape; return the old ones.
 
-    The two swap identities where PyTorch allows it, so that every reference to the old object sees the new contents.
-    Where it does not (recurrent layers keep weak references, an old graph may still hold the tensor), every reference
-    in the model and in the optimisers is replaced; ``swap=False`` takes such a replacement back.
+    The object stays the same, so that ties, hooks, optimisers and every other reference follow, whoever else holds it.
+    A passing change of type makes autograd forget the gradient accumulator, which the user's last loss may keep alive
+    and which insists on the old shape. A graph that was recorded before can no longer be run backward.
     """
-    old = getattr(owner, leaf)
-    old.grad = None
-    if isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    if swap and not isinstance(owner, nn.RNNBase):
-        try:
-            torch.utils.swap_tensors(old, new)
-            return new
-        except RuntimeError:
-            pass
-    for module in model.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is old:
-                setattr(module, name, new)
-    for optimizer in {id(o): o for o in optimizers}.values():
-        for params in (g["params"] for g in optimizer.param_groups):
-            params[:] = [new if p is old else p for p in params]
-        if old in optimizer.state:
-            optimizer.state[new] = optimizer.state.pop(old)
+    old = tensor.detach()
+    tensor.grad = None
+    tensor.data = torch.empty(0, dtype=_other_type(tensor.dtype), device=tensor.device)
+    tensor.data = value.detach()
+    torch.autograd.graph.increment_version(tensor)
     return old
+
+
+def _other_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else torch.float16
 
 
 def _axis_of(group: ChannelGroup, tensor: str) -> list[Axis]:
@@ -242,10 +223,7 @@ def _apply_to(
             if state is None:
                 undo.reset.append(name)
             optimizer.state[old] = {} if state is None else state
-        before = put_tensor(module, owner, leaf, value, optimizers)
-        undo.tensors.append((module, owner, leaf, before, tuple(optimizers)))
-        if before is old:
-            undo.replaced.append(old)
+        undo.tensors.append((module, owner, leaf, put_tensor(old, value), tuple(optimizers)))
     sync_sizes(module, group, edit, names, undo.attributes)
 
 
