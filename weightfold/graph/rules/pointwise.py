@@ -154,7 +154,8 @@ def weight_norm(store: Store, node: torch.fx.Node, v: Value, g: Value, dim: int 
     unit = algebra.meet(
         store, replace(v, name=None, fields=tuple(without_gauge(store, f) for f in v.fields)), norm, "mul"
     )
-    return algebra.meet(store, unit, g, "mul")
+    # both parts have the rows of the weight: it reads and writes as a plain parameter does
+    return replace(algebra.meet(store, unit, g, "mul"), computed=False)
 
 
 @rule("glu")
