@@ -289,7 +289,7 @@ def _read_pair(store: Store, left: Value, right: Value, a: Field, b: Field, dims
         if computed:
             store.flag(reader.labels, NO_MERGE, "is read by a weight that is computed from others")
     else:
-        itself = bool(torch.isin(a.labels[a.labels > 0], b.labels).any())
+        itself = bool(torch.isin(a.labels[a.labels > 0], b.labels.flatten().contiguous()).any())
         paired = not itself and bool((a.pos != 0).all() and (b.pos != 0).all())
         store.flag(combine_labels(a.labels, b.labels), PAIRED if paired else NO_MERGE, "is multiplied with itself")
     big, owner = (a, left) if len(a.support) >= len(b.support) else (b, right)
