@@ -369,13 +369,10 @@ def built(case: Case) -> tuple[nn.Module, Tensor | tuple, ChannelGraph]:
     return model, example, graph
 
 
-FAULTS = {"weight_norm": "merging is refused wherever a computed weight writes, though row by row it is exact"}
-
-
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=FAULTS[n])) if n in FAULTS else n for n in CASES],
+    list(CASES),
 )
 def test_admitted_edits_are_exact_and_what_should_be_free_is_free(name: str) -> None:
     case = CASES[name]
