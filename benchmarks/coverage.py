@@ -224,6 +224,7 @@ def save(path: Path, rows: list[dict[str, Any]], torch_pruning: Path | None) -> 
 
     facts = {"python": platform.python_version(), "torch": torch.__version__, "weightfold": weightfold.__version__}
     text = json.dumps({"versions": facts, "summary": summary(rows, torch_pruning), "rows": rows}, indent=1) + "\n"
+    text = re.sub(r"(?<![\w.])/[\w./-]*/(?=[\w-]+\.py)", "", text)
     draft = path.with_suffix(".tmp")
     draft.write_text(text)
     draft.replace(path)
