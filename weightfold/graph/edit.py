@@ -332,11 +332,6 @@ def split(group: ChannelGroup, copies: Tensor, shares: Tensor | None = None) -> 
     return Edit(group.name, "split", group.n_channels, carry, read=B)
 
 
-def identity(group: ChannelGroup) -> Edit:
-    """The edit that changes nothing."""
-    return Edit(group.name, "permute", group.n_channels, torch.arange(group.n_channels))
-
-
 def renamed(edit: Edit, group: str) -> Edit:
     """The same edit under another group's name."""
     return replace(edit, group=group)
