@@ -518,12 +518,11 @@ def _attempt_record(proposal: Proposal, reading: Reading | None, reason: str) ->
 
 
 def undo_bytes(undo: Undo) -> bytes:
-    """Everything an edit replaced, as one safetensors blob: weights by number and name, optimiser state by key."""
-    tensors: dict[str, Tensor] = {}
-    for number, (_, _, leaf, old, _) in enumerate(undo.tensors):
-        tensors[f"tensor:{number}:{leaf}"] = old.detach().cpu().contiguous()
-    for number, (_, _, name, state) in enumerate(undo.optimizer):
+    """What an edit replaced in the model, as one safetensors blob: "tensor:NAME", and optimisers' "state:NAME:KEY"."""
+    model, replaced = undo.by_module()[0]
+    tensors = {f"tensor:{name}": old.detach().cpu().contiguous() for name, old in replaced.items()}
+    for _, owner, name, state in undo.optimizer:
         for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"state:{number}:{name}:{key}"] = value.detach().cpu().contiguous()
+            if isinstance(value, Tensor) and owner is model:
+                tensors[f"state:{name}:{key}"] = value.detach().cpu().contiguous()
     return save(tensors)

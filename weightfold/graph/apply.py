@@ -25,9 +25,7 @@ Companion = nn.Module | MutableMapping[str, Tensor]
 class Undo:
     """Everything an edit replaced. `restore` puts it back bit for bit."""
 
-    tensors: list[tuple[nn.Module, nn.Module, str, Tensor, tuple[torch.optim.Optimizer, ...]]] = field(
-        default_factory=list
-    )
+    tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     mappings: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = field(default_factory=list)
     optimizer: list[tuple[torch.optim.Optimizer, nn.Module, str, dict[str, Any]]] = field(default_factory=list)
@@ -35,16 +33,30 @@ class Undo:
 
     def restore(self) -> None:
         """Put everything back."""
-        for _, owner, leaf, old, _ in reversed(self.tensors):
-            put_tensor(getattr(owner, leaf), old)
+        for model, name, old in reversed(self.tensors):
+            put_tensor(find_tensor(model, name)[2], old)
         for optimizer, model, name, state in reversed(self.optimizer):
             optimizer.state[find_tensor(model, name)[2]] = state
         for mapping, name, old in reversed(self.mappings):
             mapping[name] = old
         for owner, name, value in reversed(self.attributes):
             setattr(owner, name, value)
-        for model in {id(entry[0]): entry[0] for entry in self.tensors}.values():
+        for model, _ in self.by_module():
             flush_caches(model)
+
+    def by_module(self) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+        """The tensors that were replaced in the model and in each averaged copy, by name."""
+        found: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
+        for model, name, old in self.tensors:
+            found.setdefault(id(model), (model, {}))[1][name] = old
+        return list(found.values())
+
+    def by_mapping(self) -> list[tuple[MutableMapping[str, Tensor], dict[str, Tensor]]]:
+        """The same of averaged copies that are mappings."""
+        found: dict[int, tuple[MutableMapping[str, Tensor], dict[str, Tensor]]] = {}
+        for mapping, name, old in self.mappings:
+            found.setdefault(id(mapping), (mapping, {}))[1][name] = old
+        return list(found.values())
 
 
 def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
@@ -78,14 +90,15 @@ def _other_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else torch.float16
 
 
-def _axis_of(group: ChannelGroup, tensor: str) -> list[Axis]:
+def axes_of(group: ChannelGroup, tensor: str) -> list[Axis]:
+    """A group's axes on one tensor, in the order in which they are edited."""
     return sorted((a for a in group.axes if a.tensor == tensor), key=lambda a: (-a.slabs, a.dim))
 
 
 def new_value(old: Tensor, group: ChannelGroup, edit: Edit, tensor: str) -> Tensor:
     """What an edit makes of one tensor."""
     value = old.detach()
-    for axis in _axis_of(group, tensor):
+    for axis in axes_of(group, tensor):
         plan = layout(group, axis, edit)
         front = to_front(value, axis.dim, axis.slabs)
         front = edited(front, axis, plan, edit, gauge_factors(group, axis, edit, plan))
@@ -98,7 +111,7 @@ def _bias_name(tensor: str) -> str:
     return f"{path}.{leaf.replace('weight', 'bias')}".lstrip(".")
 
 
-def _shifted_biases(get: Callable[[str], Tensor | None], group: ChannelGroup, edit: Edit) -> dict[str, Tensor]:
+def changed_biases(get: Callable[[str], Tensor | None], group: ChannelGroup, edit: Edit) -> dict[str, Tensor]:
     """New biases of readers that take over a constant: ``bias + W @ shift``, spatial windows summed."""
     out = {}
     for (tensor, dim), vector in edit.shift.items():
@@ -208,7 +221,7 @@ def _apply_to(
         _apply_to_mapping(target, graph, group, edit, names, undo)
         return
     module = target.module if isinstance(target, torch.optim.swa_utils.AveragedModel) else target
-    values = _shifted_biases(lambda name: _tensor_or_none(module, name), group, edit)
+    values = changed_biases(lambda name: _tensor_or_none(module, name), group, edit)
     found = {name: find_tensor(module, name) for name in {**dict.fromkeys(names), **values}}
     values |= {name: new_value(values.get(name, found[name][2]), group, edit, name) for name in names}
     states = {
@@ -217,13 +230,13 @@ def _apply_to(
         if found[name][2] is not None
     }
     for name, value in values.items():
-        owner, leaf, old = found[name]
+        old = found[name][2]
         for optimizer, state in states.get(name, []):
             undo.optimizer.append((optimizer, module, name, optimizer.state[old]))
             if state is None:
                 undo.reset.append(name)
             optimizer.state[old] = {} if state is None else state
-        undo.tensors.append((module, owner, leaf, put_tensor(old, value), tuple(optimizers)))
+        undo.tensors.append((module, name, put_tensor(old, value)))
     sync_sizes(module, group, edit, names, undo.attributes)
 
 
@@ -246,7 +259,7 @@ def _apply_to_mapping(
             )
     old = {spelling: target[spelling] for spellings in held.values() for spelling in spellings}
     reads = [tensor for tensor, _ in edit.shift]
-    shifted = _shifted_biases(target.get, group, edit) if all(tensor in target for tensor in reads) else {}
+    shifted = changed_biases(target.get, group, edit) if all(tensor in target for tensor in reads) else {}
     old |= {name: target[name] for name in shifted}
     new = {s: new_value(shifted.get(s, target[s]), group, edit, name) for name, all_s in held.items() for s in all_s}
     for spelling, value in (shifted | new).items():
