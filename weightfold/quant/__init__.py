@@ -1,0 +1,1 @@
+"""Values of weights: codebooks, and their bits in a file."""
