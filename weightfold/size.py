@@ -67,6 +67,18 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def unique_values(model: nn.Module) -> int:
+    """Count the distinct values of every parameter, added up; tied parameters count once.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> _ = [nn.init.constant_(p, 1.0) for p in layer.parameters()]
+        >>> unique_values(layer)
+        2
+    """
+    return sum(int(parameter.detach().unique().numel()) for parameter in model.parameters())
+
+
 def unique_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state with every tensor under the first of its names only, as a safetensors file can hold it."""
     seen: set[tuple[Any, ...]] = set()

@@ -1,7 +1,7 @@
 """One tensor as a codebook and the numbers of its entries, and the file of a model that holds such tensors.
 
 The file is a safetensors file: for a clustered tensor NAME, `NAME:codebook` (codebooks, entries, values of an entry)
-and `NAME:index` (bytes of the packed or coded numbers); every other tensor as it is. Its metadata says the rest as JSON.
+and `NAME:index` (bytes of the packed or coded numbers); every other tensor as it is. Its metadata tells the rest.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def assign(weight: Tensor, layout: Layout, book_GKV: Tensor, book_dtype: torch.d
             remedy="Store the codebooks as float32.",
         )
     parts = layout.split(weight.detach().cpu())
-    labels = tuple(nearest(p.float(), book.float()) for p, book in zip(parts, stored, strict=True))
+    labels = tuple(nearest(p, book.to(p.dtype)) for p, book in zip(parts, stored, strict=True))
     return Clustered(layout, stored, labels, tuple(weight.shape), weight.dtype)
 
 
