@@ -23,6 +23,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "config": ("errors",),
         "ledger": ("errors", "config"),
         "artifact": ("errors", "config"),
+        "audit": ("errors", "config", "ledger", "artifact"),
     },
     {
         "graph": (),

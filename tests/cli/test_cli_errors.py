@@ -173,5 +173,5 @@ def test_a_changed_model_is_noticed(finished: tuple[Path, Result], cli: Run, tmp
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-2] ^= 4
     (out / "model.safetensors").write_bytes(data)
-    refused(cli("ledger", "verify", out), "were changed")
+    refused(cli("ledger", "verify", out), "model.safetensors", "head.", "was changed")
     refused(cli("export", out, "--to", "safetensors", "--out", tmp_path / "a.safetensors"), "fingerprint")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -76,8 +77,23 @@ def read_header(path: Path) -> Header:
         ArtifactError: the file is missing, truncated, corrupt or of another kind; names it and what is wrong.
     """
     with _reading(path) as stream:
-        size = path.stat().st_size
-        start, content = _content(stream, size, path)
+        return _header(stream, path.stat().st_size, path)
+
+
+def parse_header(data: bytes, where: str) -> Header:
+    """Read and check the header of a safetensors file that is held in memory.
+
+    Args:
+        data: the whole file.
+        where: what it is called in an error.
+    Raises:
+        ArtifactError: it is truncated, corrupt or of another kind; says what is wrong.
+    """
+    return _header(io.BytesIO(data), len(data), Path(where))
+
+
+def _header(stream: BinaryIO, size: int, path: Path) -> Header:
+    start, content = _content(stream, size, path)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "its metadata is no table of texts")

@@ -134,6 +134,16 @@ class Ledger:
                 yield Entry.from_row(row, f"Entry {row[0]} of '{self.path}'")
             at = rows[-1][0] + 1
 
+    @property
+    def n_blobs(self) -> int:
+        """How many blobs are stored."""
+        return self._query("SELECT count(*) FROM blobs")[0][0]
+
+    @property
+    def n_metrics(self) -> int:
+        """How many measured numbers are stored."""
+        return self._query("SELECT count(*) FROM metrics")[0][0]
+
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record measured numbers of one step: fast, beside the chain. Also takes nan and inf.
 

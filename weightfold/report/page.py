@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weightfold import __version__
 from weightfold.artifact import write_bytes
+from weightfold.audit.folder import sealed
 from weightfold.report import origin, sections
 from weightfold.report.facts import Facts, gather
 
@@ -27,7 +28,7 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     path = folder / NAME
-    write_bytes(path, render(gather(folder)).encode())
+    write_bytes(path, sealed(render(gather(folder)).encode()))
     return path
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from weightfold.artifact import make_folder, write_json
+from weightfold.artifact import make_folder, write_bytes
+from weightfold.audit.folder import as_text, describe_file, run_digest
 from weightfold.errors import ArtifactError, ConfigError
 
 RUN = "run.json"
@@ -16,6 +17,7 @@ DENSE = "dense.safetensors"
 STRUCTURE = "structure.json"
 REPORT = "report.html"
 OURS = (RUN, LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", MODEL, DENSE, STRUCTURE, REPORT, "checkpoint.safetensors")
+HASHED = (LEDGER, MODEL, DENSE, STRUCTURE)
 FORMAT = 1
 
 
@@ -55,9 +57,18 @@ def clear(folder: Path) -> None:
         folder.rmdir()
 
 
-def write_run(folder: Path, facts: dict[str, Any]) -> None:
-    """Write `run.json`."""
-    write_json(folder / RUN, {"format": FORMAT, **facts})
+def write_run(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write `run.json`, with the hashes of a finished run's files and of itself; its ledger is closed by then.
+
+    Returns:
+        run: what the file holds.
+    """
+    run = {"format": FORMAT, **facts}
+    if facts["status"] == "done":
+        run["files"] = {name: describe_file(folder / name) for name in HASHED if (folder / name).is_file()}
+        run["digest"] = run_digest(json.loads(as_text(run)))
+    write_bytes(folder / RUN, as_text(run).encode())
+    return run
 
 
 def read_run(folder: Path) -> dict[str, Any]:

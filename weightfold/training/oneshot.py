@@ -28,7 +28,7 @@ from weightfold.size import macs, parameters
 from weightfold.training import folder as files
 from weightfold.training.arm import widths_of
 from weightfold.training.environment import machine, versions
-from weightfold.training.finish import LATENCY_BATCHES
+from weightfold.training.finish import LATENCY_BATCHES, tensor_digests
 from weightfold.training.measure import (
     Score,
     evaluate,
@@ -115,7 +115,8 @@ def _fold(config: OneShotConfig, out: Path, data: Dataset, source: Source, origi
         scores = {name: facts.pop("answers") for name, facts in (("dense", dense), ("folded", folded))}
         paired = paired_difference(scores["dense"], scores["folded"])
         folded["widths"] = widths
-        ledger.append("result", {"arms": {"dense": dense, "folded": folded}, "paired": paired})
+        tensors = {"dense": tensor_digests(twin), "folded": tensor_digests(net)}
+        ledger.append("result", {"arms": {"dense": dense, "folded": folded}, "paired": paired, "tensors": tensors})
         head, n_entries = ledger.head, len(ledger)
     _save(out, source, twin, net, head)
     _time(dense, folded, {"dense": twin, "folded": net}, data, out)
@@ -129,8 +130,7 @@ def _fold(config: OneShotConfig, out: Path, data: Dataset, source: Source, origi
         "entries": n_entries,
     }
     run = {"status": "done", "kind": "fold", **facts, "machine": machine(torch.device("cpu")), "results": results}
-    files.write_run(out, run)
-    return {"format": files.FORMAT, **run}
+    return files.write_run(out, run)
 
 
 def _compress(

@@ -242,8 +242,7 @@ class _Run:
         facts = {"status": status, "kind": "train", **self.facts(), "machine": machine(self.device)}
         if results is not None:
             facts["results"] = results
-        files.write_run(self.out, facts)
-        return {"format": files.FORMAT, **facts}
+        return files.write_run(self.out, facts)
 
 
 def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
