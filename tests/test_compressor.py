@@ -20,7 +20,6 @@ from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError, EditError
 from weightfold.fingerprint import fingerprint
 from weightfold.graph import edit as edits
-from weightfold.graph.apply import apply
 from weightfold.ledger import Ledger
 from weightfold.methods.base import Method, Moment, Proposal
 from weightfold.methods.fold import Fold
@@ -445,7 +444,7 @@ def test_recorded_edits_rebuild_the_structure_and_numbers_are_those_of_the_first
         compressor = prepared(fresh)
         for body in bodies:
             edit = edits.Edit.from_record(body["what"]["edit"], ledger.get_blob)
-            compressor._graph, _ = apply(fresh, compressor.graph, edit)
+            compressor._hands.obey([edit])
     assert len(bodies) == 2
     assert {n: v.shape for n, v in fresh.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
     assert torch.equal(fresh.one.weight, model.one.weight)

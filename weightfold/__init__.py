@@ -11,7 +11,7 @@ _PUBLIC = {
     "ChannelGraph": "weightfold.graph",
     "ChannelGroup": "weightfold.graph",
     "Compressor": "weightfold.compressor",
-    "Event": "weightfold.compressor",
+    "Event": "weightfold.history",
     "Fold": "weightfold.methods.fold",
     "Ledger": "weightfold.ledger",
     "Prune": "weightfold.methods.prune",

@@ -2,79 +2,81 @@
 
 The user keeps the training loop::
 
-    c = Compressor(model, example, [Fold(keep=0.5, at=0.1)], loss=loss_fn, probe=batches, total_steps=1000)
+    c = Compressor(model, example, [Fold(max_accuracy_loss=0.2)], loss=loss_fn, probe=batches, total_steps=1000)
     c.prepare(optimizer)
     for x, y in data:
-        loss = loss_fn(model(x), y) + c.penalty()
+        loss = loss_fn(c.network(x), y) + c.penalty()
         loss.backward(); optimizer.step(); optimizer.zero_grad()
         c.step()
     net = c.convert()
+
+`c.network` is the model as it was passed, compiled or wrapped for several processes; an event wraps it anew.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from weightfold.errors import ConfigError, DataError, EditError, WeightfoldError
 from weightfold.fingerprint import digest, fingerprint
-from weightfold.gate import Batch, Loss, Reading, compare, losses
+from weightfold.gate import Batch, Loss, Reading, check_probe, compare, losses
 from weightfold.graph import optim
-from weightfold.graph.apply import Companion, Undo, apply, find_tensor
-from weightfold.graph.edit import Edit
+from weightfold.graph.apply import Companion, Undo, find_tensor
 from weightfold.graph.group import ChannelGraph
-from weightfold.graph.layout import layout
-from weightfold.graph.observe import Observer, SecondMoment
+from weightfold.graph.observe import SecondMoment
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import Example, trace
+from weightfold.history import Event, attempt_record, graph_record, undo_bytes
 from weightfold.ledger import Ledger
-from weightfold.methods.base import Key, Method, Moment, Proposal
+from weightfold.methods.base import Method, Moment, Proposal
+from weightfold.ranks import Ranks, rewrapped, unwrapped
 from weightfold.size import macs, parameters
+from weightfold.surgeon import Surgeon, check_finite
+from weightfold.watching import Watcher
+
+STALE = 10
+"""Steps without a step of any known optimiser after which they count as swapped."""
 
 
-@dataclass(frozen=True)
-class Event:
-    """One consolidation, accepted or not.
+@dataclass(frozen=True, eq=False)
+class _Watch:
+    """An event that still has to prove itself.
 
     Args:
-        predicted: what the method expected, in its own unit.
-        measured: mean change of the probe loss; ``interval`` is its two-sided 90 % interval.
-        seconds: statistics not included; choice, surgery and gate are.
+        due: step of the second look.
+        before: probe losses before the event.
+        n_edits: edits that the event consists of, the latest of those applied.
     """
 
-    step: int
-    group: str
-    kind: str
-    channels_before: int
-    channels_after: int
-    accepted: bool
-    reason: str
-    predicted: float | None = None
-    measured: float | None = None
-    interval: tuple[float, float] | None = None
-    seconds: float = 0.0
+    due: int
+    before: tuple[float, ...]
+    n_edits: int
 
 
 class Compressor:
     """Runs methods on a network in training, or once on a trained one.
 
     Args:
-        model: any module; it stays the same object throughout.
+        model: any module, also compiled or wrapped in DistributedDataParallel; its parameters stay the same objects.
         example: what `trace` takes.
         methods: they propose; the compressor decides.
-        loss: ``loss(outputs, targets)``; needed with a probe.
+        loss: ``loss(outputs, targets)``, a mean over samples; needed with a probe.
         probe: fixed batches (inputs, targets) from the training split; without them every edit is accepted unmeasured.
-        ledger: where everything is recorded; None keeps no record.
+        ledger: where everything is recorded; None keeps no record. In a distributed run, of the first rank alone.
         total_steps: length of the run in optimiser steps.
         seed: seeds the only generator that methods may use.
         max_increase: how much one event may raise the probe loss (its upper 95 % bound), in the loss's unit.
         keep_undo: store what each edit replaces in the ledger, so that it can be undone later.
+
+    Attributes:
+        frozen: groups that an undone event has closed.
 
     Raises:
         WeightfoldError: in `prepare`, whatever can be found wrong before the first batch.
@@ -96,7 +98,8 @@ class Compressor:
     ) -> None:
         if probe and loss is None:
             raise ConfigError("A probe needs a loss to be measured by.", remedy="Pass loss=your_loss_function.")
-        self.model = model
+        self.network = model
+        self.model = unwrapped(model)
         self.example = example
         self.methods = tuple(methods)
         self.loss = loss
@@ -107,22 +110,39 @@ class Compressor:
         self.keep_undo = keep_undo
         self.generator = torch.Generator().manual_seed(seed)
         self.events: list[Event] = []
+        self.frozen: set[str] = set()
+        self._seconds = {"prepare": 0.0, "planning": 0.0, "surgery": 0.0, "gate": 0.0}
+        self._ranks = Ranks.of(model)
         self._step = 0
-        self._graph: ChannelGraph | None = None
-        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
-        self._averaged: tuple[Companion, ...] = ()
-        self._observer: Observer | None = None
-        self._statistics: dict[Key, SecondMoment] = {}
-        self._applied: list[Edit] = []
-        self._undo: list[tuple[ChannelGraph, Undo, dict[Key, Tensor]]] = []
-        self._origin: dict[Key, Tensor] = {}
+        self._surgeon: Surgeon | None = None
+        self._watcher = Watcher(self.model)
+        self._watch: _Watch | None = None
+        self._handles: list[Any] = []
+        self._last_update = 0
 
     @property
     def graph(self) -> ChannelGraph:
         """The channel graph of the network as it is now."""
-        if self._graph is None:
+        return self._hands.graph
+
+    @property
+    def _hands(self) -> Surgeon:
+        if self._surgeon is None:
             raise ConfigError("The compressor is not prepared.", remedy="Call prepare() first.")
-        return self._graph
+        return self._surgeon
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What all of this has cost so far: "prepare", "statistics", "planning", "surgery", "gate"."""
+        return {**self._seconds, "statistics": self._watcher.seconds}
+
+    @contextmanager
+    def _timed(self, what: Literal["prepare", "planning", "surgery", "gate"]) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] += time.perf_counter() - start
 
     # before the first batch -----------------------------------------------------------------------------------------
 
@@ -134,58 +154,57 @@ class Compressor:
         """Trace the model and find everything that can be found wrong now.
 
         Args:
-            optimizer: the optimiser(s) whose state must follow every edit.
+            optimizer: the optimiser(s) whose state must follow every edit; also to name a new one in mid-run.
             averaged: moving averages of the model (`AveragedModel`, or a dict of tensors) that must follow as well.
         Raises:
             EditError: weights that are not finite, an optimiser that holds other parameters.
             TraceError: a forward that fails on the example or branches on data.
-            DataError: probe batches that the model does not take.
+            DataError: probe batches that the model does not take, or that are all of one class.
         """
-        self._optimizers = () if optimizer is None else _as_tuple(optimizer)
-        self._averaged = tuple(averaged)
-        _check_finite(self.model)
-        optim.assert_live(self.model, self._optimizers)
-        graph = trace(self.model, self.example)
-        self._graph = with_sizes(self.model, self.example, graph)
-        self._origin = {
-            (name, dim): torch.arange(n) for name, shape in graph.shapes.items() for dim, n in enumerate(shape)
-        }
-        self._check_probe()
+        with self._timed("prepare"):
+            if self._surgeon is None:
+                self._surgeon = self._first_look(() if optimizer is None else _as_tuple(optimizer), averaged)
+            else:
+                self._surgeon.attach(() if optimizer is None else _as_tuple(optimizer), averaged)
+            self._count_updates()
+        self._observe()
+        return self.graph
+
+    def _first_look(self, optimizers: Sequence[torch.optim.Optimizer], averaged: Iterable[Companion]) -> Surgeon:
+        check_finite(self.model)
+        optim.assert_live(self.model, optimizers)
+        traced = trace(self.model, self.example)
+        self._surgeon = surgeon = Surgeon(self.model, with_sizes(self.model, self.example, traced))
+        surgeon.attach(optimizers, averaged)
+        if self.loss is not None and self.probe:
+            check_probe(self.model, self.probe, self.loss)
         for method in self.methods:
             method.prepare(self._moment())
-        self._record("prepare", self._preparation(graph))
-        self._watch()
-        return self._graph
+        self._record("prepare", self._preparation(traced, surgeon))
+        return surgeon
 
-    def _preparation(self, traced: ChannelGraph) -> dict[str, Any]:
-        refused = {g.name: dict(g.reasons) for g, old in zip(self.graph, traced, strict=True) if g.admits != old.admits}
+    def _preparation(self, traced: ChannelGraph, surgeon: Surgeon) -> dict[str, Any]:
         return {
+            **graph_record(surgeon.graph, traced),
             "fingerprint": fingerprint(self.model),
             "methods": [{"name": m.name, "config": m.config.model_dump(mode="json")} for m in self.methods],
-            "groups": [[g.name, g.kind, g.n_channels, sorted(g.admits)] for g in self.graph],
-            "refused": refused,
-            "frozen": [[f.tensor, f.dim, f.n, f.reason] for f in self.graph.frozen],
             "parameters": parameters(self.model),
             "total_steps": self.total_steps,
             "max_increase": self.max_increase,
-            "optimizers": [type(o).__name__ for o in self._optimizers],
+            "optimizers": [type(o).__name__ for o in surgeon.optimizers],
             "probe_batches": len(self.probe),
         }
 
-    def _check_probe(self) -> None:
-        if not self.probe:
-            return
-        try:
-            values = self._losses()
-        except WeightfoldError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"The model or the loss fails on the probe: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
-                remedy="Pass probe=[(inputs, targets), ...] with batches from the training split.",
-            ) from error
-        if not all(map(_finite, values)):
-            raise DataError("The loss on the probe is not finite.", remedy="Check the probe's inputs and targets.")
+    def _count_updates(self) -> None:
+        """Notice each step of the known optimisers."""
+        for handle in self._handles:
+            handle.remove()
+        self._last_update = self._step
+
+        def note(*_: Any) -> None:
+            self._last_update = self._step + 1
+
+        self._handles = [optimizer.register_step_post_hook(note) for optimizer in self._hands.optimizers]
 
     # in training ----------------------------------------------------------------------------------------------------
 
@@ -200,11 +219,46 @@ class Compressor:
     def step(self) -> list[Event]:
         """Call once after every optimiser step. Most of the time nothing happens."""
         self._step += 1
-        if self._observer is not None:
-            self._take_statistics()
-        events = self._run_methods()
-        self._watch()
+        self._watcher.tick()
+        self._take_statistics()
+        events: list[Event] = []
+        if self._may_act():
+            events = self._decide()
+            self._watcher.pause()
+        self._observe()
         return events
+
+    def _may_act(self) -> bool:
+        due = self._watch is not None and self._step >= self._watch.due
+        return due or any(m.acts(self._step, self.total_steps) for m in self.methods)
+
+    def _decide(self) -> list[Event]:
+        """Look back, then ask the methods; in a distributed run the first rank does, and the others do as it did."""
+        self._hands.journal = []
+        if self._ranks.leads:
+            try:
+                events = [*self._look_back(), *self._run_methods()]
+            except BaseException as error:
+                self._ranks.shared(f"{type(error).__name__}: {error}")
+                raise
+            self._ranks.shared((self._hands.journal, [asdict(e) for e in events], self._watch, self.frozen))
+        else:
+            events = self._obey(self._ranks.shared(None))
+        if self._hands.journal:
+            self.network = rewrapped(self.network)
+        self.events += events
+        return events
+
+    def _obey(self, decision: Any) -> list[Event]:
+        """Do what the first rank did."""
+        if isinstance(decision, str):
+            raise EditError(f"The first rank failed: {decision}")
+        journal, events, watch, self.frozen = decision
+        self._hands.obey(journal)
+        self._watch = watch
+        if journal:
+            self._watcher.statistics = {}
+        return [Event.from_state(event) for event in events]
 
     def once(self, batches: Iterable[Any] = ()) -> list[Event]:
         """Compress a trained network at once.
@@ -214,27 +268,26 @@ class Compressor:
         """
         total, self.total_steps = self.total_steps, 0
         try:
-            with Observer(self.model, self.graph, max_samples_per_batch=None) as observer:
-                self._forward_all(batches)
-                self._statistics = observer.statistics()
-            return self._run_methods()
+            self._watcher.statistics = self._watcher.observed(self.graph, batches)
+            events = self._run_methods()
+            self.events += events
+            return events
         finally:
             self.total_steps = total
-            self._statistics = {}
-
-    def _forward_all(self, batches: Iterable[Any]) -> None:
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
-        for module, training in modes.items():
-            module.training = training
+            self._watcher.statistics = {}
 
     def convert(self) -> nn.Module:
         """Finish: the plain module, without anything of ours in it."""
-        self._close_observer()
-        self._record("convert", {"fingerprint": fingerprint(self.model), "parameters": parameters(self.model)})
+        if self._watch is not None and self.probe:
+            self.events += self._look_back(last=True)
+        self._take_statistics()
+        for handle in self._handles:
+            handle.remove()
+        self._record(
+            "convert",
+            {"fingerprint": fingerprint(self.model), "parameters": parameters(self.model)},
+            {"seconds": self.seconds},
+        )
         return self.model
 
     def undo(self) -> None:
@@ -243,66 +296,146 @@ class Compressor:
         Raises:
             EditError: there is nothing to undo.
         """
-        if not self._undo:
-            raise EditError("There is no edit to undo.")
-        self._graph, undo, self._origin = self._undo.pop()
-        edit = self._applied.pop()
-        undo.restore()
-        optim.assert_live(self.model, self._optimizers)
-        self._record("undo", {"group": edit.group, "step": self._step, "fingerprint": fingerprint(self.model)})
+        edit = self._hands.undo()
+        self._watch = None
+        self.network = rewrapped(self.network)
+        body = {"group": edit.group, "step": self._step, "fingerprint": fingerprint(self.model)}
+        self._record("undo", {**body, "how": "as it was"})
 
     # statistics -----------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _observe(self) -> None:
         """Put hooks on for the next forward when a method wants statistics of it, off otherwise."""
-        wanted = self.total_steps > 0 and any(m.observes(self._step, self.total_steps) for m in self.methods)
-        if wanted and self._observer is None:
-            self._observer = Observer(self.model, self.graph)
-            self._observer.__enter__()
-        elif not wanted and self._observer is not None:
-            self._close_observer()
-
-    def _close_observer(self) -> None:
-        if self._observer is not None:
+        if self.total_steps > 0 and any(m.observes(self._step, self.total_steps) for m in self.methods):
+            self._watcher.watch(self.graph)
+        else:
             self._take_statistics()
 
     def _take_statistics(self) -> None:
-        observer, self._observer = self._observer, None
-        if observer is None:
-            return
-        observer.__exit__(None, None, None)
-        for key, moment in observer.statistics().items():
-            old = self._statistics.get(key)
-            self._statistics[key] = moment if old is None else old.merge(moment)
+        try:
+            self._watcher.take()
+        except DataError as error:
+            self._record("refusal", {"method": "statistics", "step": self._step, "why": str(error)})
+            self.events.append(Event(self._step, "", "statistics", 0, 0, False, str(error)))
 
     # proposals ------------------------------------------------------------------------------------------------------
 
     def _moment(self) -> Moment:
         return Moment(
-            self.model, self.graph, self._step, self.total_steps, self._statistics, self.example, self.generator
+            self.model,
+            self.graph,
+            self._step,
+            self.total_steps,
+            self._watcher.statistics,
+            self.example,
+            self.generator,
+            self.probe,
+            self.loss,
+            self._hands.optimizers,
+            frozenset(self.frozen),
+            self._watcher.seconds_per_step,
+            self._watcher.autocast,
+            self._record,
         )
 
     def _run_methods(self) -> list[Event]:
         events: list[Event] = []
         for method in self.methods:
+            if self.total_steps and not method.acts(self._step, self.total_steps):
+                continue
             try:
-                proposals = method.step(self._moment())
+                if self.total_steps:
+                    self._fill_statistics(method)
+                with self._timed("planning"):
+                    proposals = method.step(self._moment())
+                if proposals:
+                    self._check_still_ours()
             except WeightfoldError as error:
                 self._record("refusal", {"method": method.name, "step": self._step, "why": str(error)})
                 events.append(Event(self._step, "", method.name, 0, 0, False, str(error)))
                 continue
-            for proposal in proposals:
-                events.append(self._try(method, proposal))
+            events += self._try_all(method, proposals)
             if proposals:
-                self._statistics = {}
-        self.events += events
+                self._watcher.statistics = {}
         return events
+
+    def _fill_statistics(self, method: Method) -> None:
+        """Hooks do not run in a compiled forward: take the probe instead."""
+        silent = self.network is not self.model and not self._watcher.statistics
+        if silent and self.probe and method.observes(self._step - 1, self.total_steps):
+            self._watcher.statistics = self._watcher.observed(self.graph, [inputs for inputs, _ in self.probe])
+
+    def _check_still_ours(self) -> None:
+        """Refuse an event whose basis is gone.
+
+        Raises:
+            EditError: the known optimisers no longer step, or hold dead parameters.
+            DataError: the probe is smaller than a training batch.
+        """
+        optim.assert_live(self.model, self._hands.optimizers)
+        if self._hands.optimizers and self._step - self._last_update > STALE:
+            raise EditError(
+                f"No known optimiser has stepped since step {self._last_update}: it was swapped.",
+                remedy="Call prepare(new_optimizer) after building it.",
+            )
+        n_probe = sum(_length(inputs) for inputs, _ in self.probe)
+        if self.probe and n_probe < self._watcher.batch_size:
+            raise DataError(
+                f"The probe has {n_probe} samples, fewer than one training batch of {self._watcher.batch_size}.",
+                remedy="Pass a larger probe.",
+            )
 
     def _losses(self) -> list[float]:
         assert self.loss is not None
-        return losses(self.model, self.probe, self.loss)
+        with self._timed("gate"):
+            return losses(self.model, self.probe, self.loss, self._watcher.autocast)
 
-    def _try(self, method: Method, proposal: Proposal) -> Event:
+    def _try_all(self, method: Method, proposals: Sequence[Proposal]) -> list[Event]:
+        """All groups at once under one measurement; one by one if that is too much."""
+        n_before = len(self._hands.applied)
+        before = self._losses() if self.probe and proposals else []
+        events = self._together(method, proposals, before) if len(proposals) > 1 and before else []
+        if not events:
+            events = [self._alone(method, proposal) for proposal in proposals]
+        n_edits, steps = len(self._hands.applied) - n_before, method.watch(self.total_steps)
+        if n_edits:
+            self._hands.forget(n_edits)
+        if n_edits and steps and before:
+            self._watch = _Watch(self._step + steps, tuple(before), n_edits)
+        return events
+
+    def _together(self, method: Method, proposals: Sequence[Proposal], before: list[float]) -> list[Event]:
+        """Apply every proposal and measure once; nothing where the gate says no."""
+        started = time.perf_counter()
+        done: list[tuple[Proposal, ChannelGraph, Undo]] = []
+        graph = self.graph
+        try:
+            for proposal in proposals:
+                with self._timed("surgery"):
+                    graph, undo = self._hands.attempt(proposal.edit, graph)
+                done.append((proposal, graph, undo))
+            reading = compare(before, self._losses())
+        except EditError:
+            reading = None
+        except BaseException:
+            _restore(done)
+            raise
+        if reading is None or not self._passes(reading):
+            _restore(done)
+            if reading is not None:
+                body = {"method": method.name, "step": self._step, "groups": [p.edit.group for p in proposals]}
+                self._record("refusal", {**body, "why": self._too_much(reading)})
+            return []
+        seconds = (time.perf_counter() - started) / len(done)
+        events = []
+        for proposal, graph, undo in done:
+            others = [p.edit.group for p in proposals if p is not proposal]
+            attempts = [attempt_record(proposal, reading, "", others)]
+            self._keep(method, proposal, graph, undo, attempts, seconds)
+            events.append(Event.of(self._step, proposal, reading, "", seconds))
+        return events
+
+    def _alone(self, method: Method, proposal: Proposal) -> Event:
         """Apply, measure, and keep, halve or take back."""
         started = time.perf_counter()
         before = self._losses() if self.probe else []
@@ -311,21 +444,22 @@ class Compressor:
         reading: Reading | None = None
         while current is not None:
             reading, undo, graph, reason = self._attempt(current, before)
-            attempts.append(_attempt_record(current, reading, reason))
+            attempts.append(attempt_record(current, reading, reason))
             if reason == "":
                 self._keep(method, current, graph, undo, attempts, time.perf_counter() - started)
-                return self._event(current, reading, True, "accepted", started)
+                return Event.of(self._step, current, reading, "", time.perf_counter() - started)
             current = current.less()
         self._record(
             "rollback",
             {"method": method.name, "step": self._step, "group": proposal.edit.group, "attempts": attempts},
             {"seconds": time.perf_counter() - started},
         )
-        return self._event(proposal, reading, False, attempts[-1]["reason"], started)
+        return Event.of(self._step, proposal, reading, attempts[-1]["reason"], time.perf_counter() - started)
 
     def _attempt(self, proposal: Proposal, before: list[float]) -> tuple[Reading | None, Undo, ChannelGraph, str]:
         try:
-            graph, undo = apply(self.model, self.graph, proposal.edit, self._optimizers, self._averaged)
+            with self._timed("surgery"):
+                graph, undo = self._hands.attempt(proposal.edit)
         except EditError as error:
             return None, Undo(), self.graph, error.message
         if not self.probe:
@@ -335,27 +469,16 @@ class Compressor:
         except BaseException:
             undo.restore()
             raise
-        if _finite(reading.upper) and reading.upper <= self.max_increase:
+        if self._passes(reading):
             return reading, undo, graph, ""
         undo.restore()
-        text = f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
-        return reading, undo, graph, text
+        return reading, undo, graph, self._too_much(reading)
 
-    def _event(self, proposal: Proposal, reading: Reading | None, accepted: bool, reason: str, started: float) -> Event:
-        edit = proposal.edit
-        return Event(
-            self._step,
-            edit.group,
-            edit.kind,
-            edit.n_channels,
-            edit.n_after if accepted else edit.n_channels,
-            accepted,
-            reason,
-            proposal.predicted,
-            None if reading is None else reading.mean,
-            None if reading is None else (reading.lower, reading.upper),
-            time.perf_counter() - started,
-        )
+    def _passes(self, reading: Reading) -> bool:
+        return _finite(reading.upper) and reading.upper <= self.max_increase
+
+    def _too_much(self, reading: Reading) -> str:
+        return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
 
     def _keep(
         self,
@@ -367,88 +490,103 @@ class Compressor:
         seconds: float,
     ) -> None:
         """Take an accepted edit into the record."""
-        edit, old = proposal.edit, self.graph
-        origin = dict(self._origin)
-        what = self._members(edit)
-        self._follow_origin(edit)
-        self._graph = graph
-        self._applied.append(edit)
-        self._undo = [*self._undo[-1:], (old, undo, origin)]
+        edit, group = proposal.edit, self.graph[proposal.edit.group]
+        what = self._hands.origin.members(group, edit)
+        self._hands.keep(edit, graph, undo)
         if self.ledger is None:
             return
-        record = edit.to_record(self.ledger.put_blob)
         blob = self.ledger.put_blob(undo_bytes(undo)) if self.keep_undo else None
-        names = list(dict.fromkeys(a.tensor for a in old[edit.group].axes))
-        self._record(
-            "edit",
-            {
-                "method": method.name,
-                "step": self._step,
-                "what": {**what, "edit": record},
-                "why": proposal.why,
-                "price": {"predicted": proposal.predicted, "attempts": attempts, "probe_batches": len(self.probe)},
-                "gain": {"parameters": parameters(self.model), "macs": macs(self.model, self.example)},
-                "proof": {"weights": digest({n: find_tensor(self.model, n)[2] for n in names}), "undo": blob},
-                "reset": sorted(undo.reset),
-            },
-            {
-                "seconds": seconds,
-                "learning_rates": [
-                    g["lr"] for o in self._optimizers for g in o.param_groups if isinstance(g["lr"], float)
-                ],
-            },
-        )
-
-    def _members(self, edit: Edit) -> dict[str, Any]:
-        """Who is kept and who goes, in the numbering of the network as it was before any edit."""
-        group = self.graph[edit.group]
-        axis = next((a for a in group.axes if a.role == "write"), group.axes[0])
-        first = axis.index[:, 0]
-        origin = self._origin[axis.key]
-        number = origin[first] if axis.slabs == 1 else first
-        kept = torch.unique(edit.carry)
-        gone = torch.ones(group.n_channels, dtype=torch.bool)
-        gone[kept] = False
-        return {
-            "group": group.name,
-            "numbering": f"{axis.tensor}[{axis.dim}]",
-            "kept": number[kept].tolist(),
-            "removed": number[gone].tolist(),
-            "members": [[a.tensor, a.dim, a.role] for a in group.axes],
+        names = list(dict.fromkeys(a.tensor for a in group.axes))
+        rates = [g["lr"] for o in self._hands.optimizers for g in o.param_groups if isinstance(g["lr"], float)]
+        body = {
+            "method": method.name,
+            "step": self._step,
+            "what": {**what, "edit": edit.to_record(self.ledger.put_blob)},
+            "why": proposal.why,
+            "price": {"predicted": proposal.predicted, "attempts": attempts, "probe_batches": len(self.probe)},
+            "gain": {"parameters": parameters(self.model), "macs": macs(self.model, self.example)},
+            "proof": {"weights": digest({n: find_tensor(self.model, n)[2] for n in names}), "undo": blob},
+            "reset": sorted(undo.reset),
         }
-
-    def _follow_origin(self, edit: Edit) -> None:
-        group = self.graph[edit.group]
-        for axis in group.axes:
-            if axis.slabs == 1:
-                self._origin[axis.key] = self._origin[axis.key][layout(group, axis, edit).source]
+        self._record("edit", body, {"seconds": seconds, "learning_rates": rates})
 
     def _record(self, kind: str, body: Mapping[str, Any], aside: Mapping[str, Any] | None = None) -> None:
-        if self.ledger is not None:
+        if self.ledger is not None and self._ranks.leads:
             self.ledger.append(kind, dict(body), aside=dict(aside or {}))
+
+    # looking back ---------------------------------------------------------------------------------------------------
+
+    def unfold(self, n_edits: int = 1) -> None:
+        """Take the latest accepted edits back, keeping what was trained since.
+
+        Raises:
+            EditError: what they replaced is not in memory any more.
+        """
+        if any(applied.undo is None for applied in self._hands.applied[-n_edits:]) or n_edits > len(
+            self._hands.applied
+        ):
+            raise EditError(
+                f"The latest {n_edits} edits cannot be unfolded: what they replaced is not held any more.",
+                remedy="Undo them on the saved model, from the ledger.",
+            )
+        with self._timed("surgery"):
+            self._hands.unfold(n_edits)
+        self._watch = None
+        self.network = rewrapped(self.network)
+
+    def _look_back(self, *, last: bool = False) -> list[Event]:
+        """When an event's time is up: unfold it and close its groups if the loss is still above where it was."""
+        watch = self._watch
+        if watch is None or (self._step < watch.due and not last):
+            return []
+        self._watch = None
+        reading = compare(watch.before, self._losses())
+        back = reading.lower <= 0
+        groups = [applied.edit.group for applied in self._hands.applied[-watch.n_edits :]]
+        body = {"step": self._step, "groups": groups, "before": reading.before, "after": reading.after}
+        self._record("watch", {**body, "lower": reading.lower, "recovered": back})
+        if back or not _finite(reading.mean):
+            self._hands.forget(1)
+            return []
+        started = time.perf_counter()
+        with self._timed("surgery"):
+            undone = self._hands.unfold(watch.n_edits)
+        self.frozen.update(groups)
+        seconds = (time.perf_counter() - started) / len(undone)
+        self._record("undo", {**body, "how": "unfolded, with what was trained since", "closed": groups})
+        why = f"the probe loss is still {reading.mean:.4g} above where it was before the event"
+        span = reading.lower, reading.upper
+        return [
+            Event(self._step, e.group, "unfold", e.n_after, e.n_channels, True, why, None, reading.mean, span, seconds)
+            for e in undone
+        ]
 
     # resuming -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a restart needs, as plain data and tensors: the edits so far, counters, statistics, methods' state."""
-        if self._observer is not None:
-            self._take_statistics()
-            self._watch()
+        """What a restart needs, as plain data and tensors: the edits so far, counters, statistics, methods' state.
+
+        While an event is watched, what it replaced is part of it.
+        """
+        self._take_statistics()
+        self._observe()
         maps: dict[str, bytes] = {}
 
         def put(data: bytes) -> str:
             maps[str(len(maps))] = data
             return str(len(maps) - 1)
 
+        watch = self._watch
         return {
+            **self._hands.state(put, 0 if watch is None else watch.n_edits),
             "step": self._step,
             "generator": self.generator.get_state(),
-            "edits": [edit.to_record(put) for edit in self._applied],
             "maps": {key: torch.frombuffer(bytearray(data), dtype=torch.uint8) for key, data in maps.items()},
-            "statistics": {f"{t}|{d}": moment.to_state() for (t, d), moment in self._statistics.items()},
+            "statistics": {f"{t}|{d}": moment.to_state() for (t, d), moment in self._watcher.statistics.items()},
             "methods": [method.state_dict() for method in self.methods],
             "events": [vars(event) for event in self.events],
-            "shapes": {name: list(shape) for name, shape in self.graph.shapes.items()},
+            "frozen": sorted(self.frozen),
+            "watch": None if watch is None else [watch.due, list(watch.before)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -459,36 +597,34 @@ class Compressor:
         Raises:
             EditError: the network is not the one that the run started with.
         """
-        if self._applied:
-            raise EditError("The network was edited already.", remedy="Load into a freshly built and prepared one.")
-        for record in state["edits"]:
-            edit = Edit.from_record(record, lambda key: state["maps"][key].numpy().tobytes())
-            self._follow_origin(edit)
-            self._graph, _ = apply(self.model, self.graph, edit, self._optimizers, self._averaged)
-            self._applied.append(edit)
-        found = {name: list(shape) for name, shape in self.graph.shapes.items()}
-        if found != {name: list(shape) for name, shape in state["shapes"].items()}:
-            name = next(n for n in found if found[n] != list(state["shapes"].get(n, [])))
-            raise EditError(
-                f"'{name}' has shape {found[name]} after the recorded edits, "
-                f"{state['shapes'].get(name)} in the checkpoint.",
-                remedy="Build the model with the settings that the run started with.",
-            )
-        self._step = int(state["step"])
+        self._hands.load(state, lambda key: state["maps"][key].numpy().tobytes())
+        self._step = self._last_update = int(state["step"])
         self.generator.set_state(state["generator"])
-        self._statistics = {
+        self._watcher.statistics = {
             (key.rpartition("|")[0], int(key.rpartition("|")[2])): SecondMoment.from_state(value)
             for key, value in state["statistics"].items()
         }
         for method, value in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(value)
-        self.events = [replace(Event(**event), interval=_pair(event["interval"])) for event in state["events"]]
-        self._close_observer()
-        self._watch()
+        self.events = [Event.from_state(event) for event in state["events"]]
+        self.frozen = set(state["frozen"])
+        if state["watch"] is not None:
+            self._watch = _Watch(int(state["watch"][0]), tuple(state["watch"][1]), len(state["undo"]))
+        self.network = rewrapped(self.network)
+        self._take_statistics()
+        self._observe()
 
 
-def _pair(value: Any) -> tuple[float, float] | None:
-    return None if value is None else (float(value[0]), float(value[1]))
+def _restore(done: Sequence[tuple[Proposal, ChannelGraph, Undo]]) -> None:
+    for _, _, undo in reversed(done):
+        undo.restore()
+
+
+def _length(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next((len(value) for value in values if isinstance(value, Tensor)), 0)
 
 
 def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
@@ -497,32 +633,3 @@ def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise EditError(
-                f"'{name}' holds values that are not finite.",
-                remedy="Start from weights of a run that did not diverge.",
-            )
-
-
-def _attempt_record(proposal: Proposal, reading: Reading | None, reason: str) -> dict[str, Any]:
-    record: dict[str, Any] = {"kept": proposal.edit.n_after, "predicted": proposal.predicted, "reason": reason}
-    if reading is not None:
-        record |= {"mean": reading.mean, "upper": reading.upper, "before": reading.before, "after": reading.after}
-    return {
-        key: value if not isinstance(value, float) or _finite(value) else str(value) for key, value in record.items()
-    }
-
-
-def undo_bytes(undo: Undo) -> bytes:
-    """What an edit replaced in the model, as one safetensors blob: "tensor:NAME", and optimisers' "state:NAME:KEY"."""
-    model, replaced = undo.by_module()[0]
-    tensors = {f"tensor:{name}": old.detach().cpu().contiguous() for name, old in replaced.items()}
-    for _, owner, name, state in undo.optimizer:
-        for key, value in state.items():
-            if isinstance(value, Tensor) and owner is model:
-                tensors[f"state:{name}:{key}"] = value.detach().cpu().contiguous()
-    return save(tensors)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
+
+from weightfold.errors import DataError, WeightfoldError
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -68,7 +71,37 @@ def probing(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def losses(model: nn.Module, probe: Sequence[Batch], loss: Loss) -> list[float]:
+def losses(
+    model: nn.Module,
+    probe: Sequence[Batch],
+    loss: Loss,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[float]:
     """The loss on every probe batch."""
-    with probing(model):
+    with probing(model), autocast():
         return [float(loss(model(inputs), targets)) for inputs, targets in probe]
+
+
+def check_probe(model: nn.Module, probe: Sequence[Batch], loss: Loss) -> None:
+    """Find out before the first batch whether a probe can judge.
+
+    Raises:
+        DataError: the model or the loss fails on it, its loss is not finite, or all its targets are of one class.
+    """
+    try:
+        values = losses(model, probe, loss)
+    except WeightfoldError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"The model or the loss fails on the probe: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            remedy="Pass probe=[(inputs, targets), ...] with batches from the training split.",
+        ) from error
+    if not all(map(math.isfinite, values)):
+        raise DataError("The loss on the probe is not finite.", remedy="Check the probe's inputs and targets.")
+    classes = [t.reshape(-1) for _, t in probe if isinstance(t, Tensor) and not t.is_floating_point()]
+    if len(classes) == len(probe) and sum(map(len, classes)) > 1 and len(torch.unique(torch.cat(classes))) == 1:
+        raise DataError(
+            "All targets of the probe are of one class: it cannot tell good edits from bad ones.",
+            remedy="Draw the probe at random from the training split.",
+        )

@@ -58,6 +58,25 @@ class Undo:
             found.setdefault(id(mapping), (mapping, {}))[1][name] = old
         return list(found.values())
 
+    def to_state(self) -> dict[str, Any]:
+        """What was replaced in the model, for a checkpoint: tensors and optimisers' state by name."""
+        model, tensors = self.by_module()[0]
+        states = {name: dict(state) for _, owner, name, state in self.optimizer if owner is model}
+        return {"tensors": dict(tensors), "states": states}
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> Undo:
+        """Read back what `to_state` gave; state belongs to the optimiser that holds the tensor."""
+        undo = cls([(model, name, old) for name, old in state["tensors"].items()])
+        for name, held in state["states"].items():
+            parameter = find_tensor(model, name)[2]
+            for optimizer in optimizers:
+                if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+                    undo.optimizer.append((optimizer, model, name, dict(held)))
+        return undo
+
 
 def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
     """The module that holds a parameter or buffer, the leaf name, and the tensor."""

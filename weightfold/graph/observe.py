@@ -8,6 +8,7 @@ say of a channel is one row of numbers per axis.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -171,15 +172,23 @@ class _Tap:
 
     def samples(self, x: Tensor, limit: int | None) -> Tensor:
         """One row per sample, position and slot, shape (N, C), float32 or float64."""
-        rows = x.movedim(self.dim, -1)
-        n_channels, slots = self.index_CM.shape
-        rows = _strided(rows, None if limit is None else max(1, limit // slots))
-        rows = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if slots == 1 and n_channels == rows.shape[1] and int(self.index_CM.min()) >= 0:
-            return rows
-        index = self.index_CM.T.reshape(-1).to(x.device)
-        taken = rows[:, index.clamp_min(0)] * (index >= 0)
-        return taken.reshape(-1, n_channels)
+        return rows_of(x, self.dim, self.index_CM, limit)
+
+
+def rows_of(x: Tensor, dim: int, index_CM: Tensor, limit: int | None = None) -> Tensor:
+    """The channels at positions (C, M) along a dimension: one row per sample, position and slot, shape (N, C).
+
+    Args:
+        limit: of more rows, an evenly spaced part of about this many; None: all.
+    """
+    n_channels, slots = index_CM.shape
+    rows = _strided(x.movedim(dim, -1), None if limit is None else max(1, limit // slots))
+    rows = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    index = index_CM.T.reshape(-1).to(x.device)
+    if torch.equal(index, torch.arange(rows.shape[1], device=x.device)):
+        return rows
+    taken = rows[:, index.clamp_min(0)] * (index >= 0)
+    return taken.reshape(-1, n_channels)
 
 
 def _strided(x: Tensor, limit: int | None) -> Tensor:
@@ -235,6 +244,9 @@ class Observer:
         group_names: whose readers to watch; all by default.
         max_samples_per_batch: of more samples and positions in one call, an evenly spaced part is used; None: all.
 
+    Attributes:
+        seconds: spent in the hooks so far.
+
     Example:
         >>> import weightfold as wf
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -259,6 +271,7 @@ class Observer:
         self._taps = taps(graph, group_names)
         self._sums: dict[Key, _Sum] = {}
         self._handles: list[Any] = []
+        self.seconds = 0.0
 
     def __enter__(self) -> Self:
         for tap in self._taps:
@@ -289,12 +302,14 @@ class Observer:
 
     @torch.no_grad()
     def _add(self, tap: _Tap, x: Tensor) -> None:
+        start = time.perf_counter()
         with torch.autocast(x.device.type, enabled=False):
             samples_NC = tap.samples(x, self.limit)
             if tap.key in self._sums:
                 self._sums[tap.key].add_(samples_NC)
             else:
                 self._sums[tap.key] = _Sum(samples_NC)
+        self.seconds += time.perf_counter() - start
 
 
 def _finite(total: _Sum, tap: _Tap) -> SecondMoment:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.config import Config
+from weightfold.gate import Batch, Loss
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph
 
@@ -30,6 +32,13 @@ class Moment:
         statistics: second moments of what each observed reader reads.
         example: the example that the model was traced with.
         generator: the only source of randomness.
+        probe: fixed batches from the training split; empty without a probe.
+        loss: what the probe is measured by.
+        optimizers: those whose state follows every edit; to be looked at, never stepped.
+        frozen: groups that an undone event has closed.
+        seconds_per_step: median of the latest training steps; None before there were any.
+        autocast: the mixed precision that training uses.
+        record: write a fact into the ledger: kind, body (hashed: what would be the same in a second run), aside.
     """
 
     model: nn.Module
@@ -39,6 +48,13 @@ class Moment:
     statistics: Mapping[Key, SecondMoment]
     example: Any
     generator: torch.Generator
+    probe: Sequence[Batch] = ()
+    loss: Loss | None = None
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    frozen: Collection[str] = ()
+    seconds_per_step: float | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    record: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda kind, body, aside: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +91,14 @@ class Method:
     def observes(self, step: int, total_steps: int) -> bool:
         """Whether statistics are to be taken during this step (one-shot: step 0 of 0)."""
         return False
+
+    def acts(self, step: int, total_steps: int) -> bool:
+        """Whether `step` may propose anything after this step; the same on every rank of a distributed run."""
+        return True
+
+    def watch(self, total_steps: int) -> int:
+        """Steps after an accepted event at which the loss must be back where it was; 0: nobody looks."""
+        return 0
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the user's loss, differentiable; None for nothing."""

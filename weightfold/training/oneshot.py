@@ -157,7 +157,6 @@ def _compress(
         max_increase=config.max_increase or 0.0,
     )
     before = widths_of(compressor.prepare())
-    compressor._close_observer()  # `once` takes statistics of its own; a gate's forward must not add to others
     events = [asdict(event) for event in compressor.once(_inputs(config, data))]
     after = {group.name: group.n_channels for group in compressor.graph}
     refused = [event for event in events if not event["group"]]

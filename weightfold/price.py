@@ -1,0 +1,197 @@
+"""What an edit will cost the loss, predicted from single samples before it is made.
+
+Folding replaces what a reader gets of the dropped channels, a_S, by M a_K + m: its input is short of the residual
+r = a_S - M a_K - m. With g = ∂ℓ/∂a, the gradient of one sample's loss at the reader's input, the loss changes by about
+
+    E_i[-u_i] + ½ E_i[u_i²],    u_i = Σ_positions g_S · r    (sample i, summed over positions before squaring)
+
+the second term being the Gauss-Newton curvature by the empirical Fisher. Readers of one group, and groups of one plan,
+add up their u_i. The Kronecker form ½ tr(G V R Vᵀ) drops the first term and treats positions as independent.
+
+Cost: one forward and backward pass of a few hundred samples for any number of edits; O(R C²) an edit for R rows.
+Reference: Hassibi & Stork, NeurIPS 1992 (second order); Theis et al., arXiv 1801.05787 (Fisher pruning of channels);
+differs in: residuals after compensation in place of whole channels, and the first-order term is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weightfold.gate import Batch, Loss, probing
+from weightfold.graph.group import Axis, ChannelGroup
+from weightfold.graph.observe import Key, rows_of
+
+MAX_NUMBERS = 2**25
+"""Activations and gradients that are kept at most, in numbers (128 MiB of float32)."""
+
+
+@dataclass(eq=False)
+class Trail:
+    """What one reader read, and the gradient of each sample's loss at it.
+
+    Args:
+        read_RC: one row per sample, position and slot, shape (R, C), float32.
+        gradient_RC: the same for ∂ℓ/∂a.
+        sample_R: which sample each row belongs to, shape (R,).
+    """
+
+    read_RC: Tensor
+    gradient_RC: Tensor
+    sample_R: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Trails:
+    """Trails of all readers over the same samples.
+
+    Args:
+        by_reader: trails by reading axis.
+        n_samples: samples behind them.
+    """
+
+    by_reader: Mapping[tuple[str, Key], Trail]
+    n_samples: int
+
+    def residual(self, group: str, key: Key, keep: np.ndarray, drop: np.ndarray, map_SK: Any, left: Any) -> Tensor:
+        """u_i of one reader, shape (S,), float64.
+
+        Args:
+            map_SK: M, shape (S, K).
+            left: m, what the bias takes up of each dropped channel, shape (S,); None without an intercept.
+        """
+        trail = self.by_reader[group, key]
+        kept, dropped = torch.from_numpy(keep), torch.from_numpy(drop)
+        rest_RS = trail.read_RC[:, dropped] - trail.read_RC[:, kept] @ torch.from_numpy(map_SK).float().T
+        if left is not None:
+            rest_RS -= torch.from_numpy(left).float()
+        u_R = (trail.gradient_RC[:, dropped] * rest_RS).sum(1).double()
+        return torch.zeros(self.n_samples, dtype=torch.float64).index_add_(0, trail.sample_R, u_R)
+
+
+def predict(residual_S: Tensor) -> float:
+    """The predicted change of the mean loss, from u_i summed over all that changes at once.
+
+    Example:
+        >>> predict(torch.tensor([0.1, -0.1], dtype=torch.float64))
+        0.005
+    """
+    return round(float(-residual_S.mean() + residual_S.square().mean() / 2), 12)
+
+
+@dataclass(eq=False)
+class _Open:
+    """A reader that is being recorded."""
+
+    axis: Axis
+    calls: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
+
+
+def trails(model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss: Loss) -> Trails:
+    """Record what the readers of some groups read and the gradients there, on probe batches.
+
+    The loss must be a mean over samples. Batch norms use the batch, and nothing of the model changes. Readers that are
+    called with keyword arguments, or whose input does not have the samples in front, are left out; so is whatever does
+    not fit into `MAX_NUMBERS` after the first batch.
+
+    Args:
+        batches: (inputs, targets), from the training split.
+    Example:
+        >>> import weightfold as wf
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> batch = torch.randn(16, 4), torch.randint(2, (16,))
+        >>> found = trails(net, list(wf.trace(net, torch.zeros(1, 4))), [batch], nn.functional.cross_entropy)
+        >>> found.n_samples, found.by_reader["0", ("2.weight", 1)].gradient_RC.shape
+        (16, torch.Size([16, 8]))
+    """
+    parts: dict[tuple[str, Key], list[Trail]] = {}
+    n_samples = n_numbers = 0
+    for inputs, targets in batches:
+        found, size = _record(model, groups, inputs, targets, loss, n_samples)
+        n_samples += size
+        for key, trail in found.items():
+            parts.setdefault(key, []).append(trail)
+            n_numbers += 2 * trail.read_RC.numel()
+        if n_numbers + n_numbers * size / n_samples > MAX_NUMBERS:
+            break
+    return Trails({key: _joined(trails) for key, trails in parts.items()}, n_samples)
+
+
+def _joined(trails: list[Trail]) -> Trail:
+    return Trail(
+        torch.cat([t.read_RC for t in trails]),
+        torch.cat([t.gradient_RC for t in trails]),
+        torch.cat([t.sample_R for t in trails]),
+    )
+
+
+def _record(
+    model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any, targets: Any, loss: Loss, first: int
+) -> tuple[dict[tuple[str, Key], Trail], int]:
+    opened = {(g.name, a.key): _Open(a) for g in groups for a in g.role("read") if a.tap is not None}
+    size = _size(targets, inputs)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    with probing(model), torch.enable_grad(), _recording(model, opened):
+        loss(model(inputs), targets).backward()
+    for name, p in model.named_parameters():
+        p.grad = grads[name]
+    found = {key: trail for key, o in opened.items() if (trail := _trail(o, size, first)) is not None}
+    return found, size
+
+
+def _size(targets: Any, inputs: Any) -> int:
+    tensor = next(x for x in (targets, inputs) if isinstance(x, Tensor))
+    return len(tensor)
+
+
+@contextmanager
+def _recording(model: nn.Module, opened: Mapping[tuple[str, Key], _Open]) -> Iterator[None]:
+    """Hooks that note each reader's input, and its gradient once it is known."""
+    by_path: dict[str, list[_Open]] = {}
+    for reader in opened.values():
+        assert reader.axis.tap is not None
+        by_path.setdefault(reader.axis.tap[0], []).append(reader)
+    handles = [model.get_submodule(p).register_forward_pre_hook(_hook(readers)) for p, readers in by_path.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(readers: Sequence[_Open]) -> Any:
+    def record(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            return None
+        x = args[0].view_as(args[0])
+        if not x.requires_grad:
+            x.requires_grad_()
+        gradient: list[Tensor] = []
+        x.register_hook(lambda g: gradient.append(g.detach()))
+        for reader in readers:
+            reader.calls.append((x.detach(), gradient))
+        return (x, *args[1:])
+
+    return record
+
+
+def _trail(reader: _Open, size: int, first: int) -> Trail | None:
+    """Rows of all calls of a reader; None where samples cannot be told apart or no gradient came."""
+    reads, gradients, samples = [], [], []
+    assert reader.axis.tap is not None
+    dim = reader.axis.tap[1]
+    for x, gradient in reader.calls:
+        if len(x) != size or dim % x.ndim == 0 or not gradient:
+            return None
+        rows_RC = rows_of(x, dim, reader.axis.index)
+        reads.append(rows_RC.float().cpu())
+        gradients.append(rows_of(gradient[0], dim, reader.axis.index).float().cpu() * size)
+        samples.append(torch.arange(first, first + size).repeat_interleave(math.ceil(len(rows_RC) / size)))
+    return _joined([Trail(*parts) for parts in zip(reads, gradients, samples, strict=True)]) if reads else None

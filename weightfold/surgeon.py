@@ -1,0 +1,163 @@
+"""The hands of the compressor: a network with its optimisers and averages, the edits in it, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from weightfold.errors import EditError
+from weightfold.graph import optim
+from weightfold.graph.apply import Companion, Undo, apply
+from weightfold.graph.edit import Edit
+from weightfold.graph.group import ChannelGraph
+from weightfold.graph.unfold import unfold_undo
+from weightfold.history import Origin
+
+
+@dataclass(eq=False)
+class Applied:
+    """An edit in the network, and what is needed to take it back.
+
+    Args:
+        graph: as it was before the edit; ``origin`` likewise.
+        undo: what was replaced; None once nobody may want it back.
+    """
+
+    edit: Edit
+    graph: ChannelGraph
+    origin: Origin
+    undo: Undo | None
+
+
+class Surgeon:
+    """Applies edits to a network in training, counts them, and takes them back.
+
+    Args:
+        model: the user's module.
+        graph: its channel graph.
+
+    Attributes:
+        applied: the edits in the network, in order.
+        journal: what was done since it was last emptied: edits, and numbers of edits that were unfolded.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        self.model = model
+        self.graph = graph
+        self.origin = Origin(graph)
+        self.optimizers: tuple[Optimizer, ...] = ()
+        self.averaged: tuple[Companion, ...] = ()
+        self.applied: list[Applied] = []
+        self.journal: list[Edit | int] = []
+
+    def attach(self, optimizers: Sequence[Optimizer], averaged: Iterable[Companion]) -> None:
+        """Name what must follow every edit.
+
+        Raises:
+            EditError: an optimiser holds other parameters.
+        """
+        optim.assert_live(self.model, optimizers)
+        self.optimizers, self.averaged = tuple(optimizers), tuple(averaged)
+
+    def attempt(self, edit: Edit, graph: ChannelGraph | None = None) -> tuple[ChannelGraph, Undo]:
+        """Apply an edit without counting it yet; ``graph`` if other attempts came before."""
+        return apply(self.model, graph or self.graph, edit, self.optimizers, self.averaged)
+
+    def keep(self, edit: Edit, graph: ChannelGraph, undo: Undo) -> None:
+        """Count an attempted edit as part of the network."""
+        self.applied.append(Applied(edit, self.graph, self.origin.copy(), undo))
+        self.origin.follow(self.graph[edit.group], edit)
+        self.graph = graph
+        self.journal.append(edit)
+
+    def forget(self, n_latest: int) -> None:
+        """Hold in memory what the latest edits replaced, and nothing older."""
+        for applied in self.applied[: len(self.applied) - n_latest]:
+            applied.undo = None
+
+    def undo(self) -> Edit:
+        """Take the latest edit back bit for bit, with all that was trained since.
+
+        Raises:
+            EditError: there is nothing to undo.
+        """
+        if not self.applied or self.applied[-1].undo is None:
+            raise EditError("There is no edit to undo.")
+        last = self.applied.pop()
+        assert last.undo is not None
+        last.undo.restore()
+        self.graph, self.origin = last.graph, last.origin
+        optim.assert_live(self.model, self.optimizers)
+        return last.edit
+
+    def unfold(self, n_edits: int) -> list[Edit]:
+        """Take the latest edits back, keeping what was trained since."""
+        edits = []
+        for _ in range(n_edits):
+            last = self.applied.pop()
+            assert last.undo is not None
+            unfold_undo(last.graph, last.edit, last.undo, self.optimizers)
+            self.graph, self.origin = last.graph, last.origin
+            edits.append(last.edit)
+        self.journal.append(n_edits)
+        return edits
+
+    def obey(self, journal: Sequence[Edit | int]) -> None:
+        """Do what another process did."""
+        for what in journal:
+            if isinstance(what, int):
+                self.unfold(what)
+            else:
+                self.keep(what, *self.attempt(what))
+
+    def state(self, put: Callable[[bytes], str], n_watched: int) -> dict[str, Any]:
+        """The edits so far, and what the latest replaced, as plain data and tensors."""
+        watched = self.applied[len(self.applied) - n_watched :]
+        return {
+            "edits": [applied.edit.to_record(put) for applied in self.applied],
+            "undo": [a.undo.to_state() for a in watched if a.undo is not None],
+            "shapes": {name: list(shape) for name, shape in self.graph.shapes.items()},
+        }
+
+    def load(self, state: Mapping[str, Any], get: Callable[[str], bytes]) -> None:
+        """Bring a network of the first structure to that of an interrupted run.
+
+        Raises:
+            EditError: the network was edited already, or is not the one that the run started with.
+        """
+        if self.applied:
+            raise EditError("The network was edited already.", remedy="Load into a freshly built and prepared one.")
+        self.obey([Edit.from_record(record, get) for record in state["edits"]])
+        self._check_shapes(state["shapes"])
+        undos = state["undo"]
+        self.forget(0)
+        for applied, undo in zip(self.applied[len(self.applied) - len(undos) :], undos, strict=True):
+            applied.undo = Undo.from_state(undo, self.model, self.optimizers)
+
+    def _check_shapes(self, expected: Mapping[str, Any]) -> None:
+        found = {name: list(shape) for name, shape in self.graph.shapes.items()}
+        if found != {name: list(shape) for name, shape in expected.items()}:
+            name = next(n for n in found if found[n] != list(expected.get(n, [])))
+            raise EditError(
+                f"'{name}' has shape {found[name]} after the recorded edits, {expected.get(name)} in the checkpoint.",
+                remedy="Build the model with the settings that the run started with.",
+            )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that nothing can be learned from.
+
+    Raises:
+        EditError: names the tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise EditError(
+                f"'{name}' holds values that are not finite.",
+                remedy="Start from weights of a run that did not diverge.",
+            )
