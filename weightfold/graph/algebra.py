@@ -18,8 +18,11 @@ from weightfold.graph.labels import (
     FROZEN,
     NO_MERGE,
     NO_REMOVE,
+    OFFSET,
     PAIRED,
     READ,
+    REPEAT,
+    UNIFORM,
     WRITE,
     ZERO,
     Field,
@@ -101,24 +104,52 @@ GAUGES: dict[str, Callable[[Store, Field, Field], tuple[Tensor, Tensor]]] = {
 }
 
 
+def _loud(a: Field, b: Field, how: str) -> bool:
+    """Whether what two blocks make of each other may differ from zero where one of them is silent."""
+    loud = (a.loud or a.level == REPEAT, b.loud or b.level == REPEAT)
+    return all(loud) if how == "mul" else any(loud) or how == "none"
+
+
+def _merged_labels(a: Field, b: Field) -> Tensor:
+    """Labels of two values that met: those of the one that varies along more dimensions, which tells more apart."""
+    first, second = (b, a) if a.support < b.support else (a, b)
+    return combine_labels(first.labels, second.labels)
+
+
 def _merge_pair(store: Store, a: Field, b: Field, how: str) -> Field:
     store.same(a.labels, b.labels)
-    if a.level != b.level:
+    loud = _loud(a, b, how)
+    if a.level != b.level and REPEAT not in (a.level, b.level):
         store.kill(a)
         store.kill(b)
-        labels = combine_labels(a.labels, b.labels)
-        return Field(labels, torch.zeros_like(labels), torch.zeros_like(labels), 1)
-    labels = combine_labels(a.labels, b.labels)
+        labels = _merged_labels(a, b)
+        return Field(labels, torch.zeros_like(labels), torch.zeros_like(labels), 1, loud)
+    labels = _merged_labels(a, b)
     pos, sgn = GAUGES[how](store, a, b)
-    return Field(labels, pos.expand(labels.shape), sgn.expand(labels.shape), a.level)
+    return Field(labels, pos.expand(labels.shape), sgn.expand(labels.shape), min(a.level, b.level), loud)
 
 
 def _alone(store: Store, item: Field, other: Value, how: str) -> Field:
     """A field meets a value that says nothing of its channels."""
-    if how == "mul" or (how == "add" and other.zero) or item.level == 1:
+    if how == "mul" or (how == "add" and other.zero):
         return item
+    if item.level == 1:
+        return replace(item, loud=True)
     store.kill(item)
     return item.without_gauge()
+
+
+def _join_blocks(store: Store, rest: Sequence[Field], others: Sequence[Field]) -> None:
+    """Channels that meet those of another value lie in its blocks, though no view has cut them up."""
+    for block in rest:
+        for item in others if block.level == 1 else ():
+            if item.level == 0 and block.support <= item.support:
+                store.members.append(tuple(torch.broadcast_tensors(item.labels, block.labels)))
+
+
+def _lasts(item: Field, other: Value) -> bool:
+    """Whether what a field says still holds once the other value has come in: a repeat ends where that varies."""
+    return item.level != REPEAT or not any(other.varies(d) for d in item.support)
 
 
 def meet(store: Store, left: Value, right: Value, how: str) -> Value:
@@ -140,8 +171,10 @@ def meet(store: Store, left: Value, right: Value, how: str) -> Value:
         _check_codes(store, left, a, a.labels, b.labels)
         _check_codes(store, right, b, b.labels, a.labels)
         fields.append(_merge_pair(store, a, b, how))
-    fields += [_alone(store, a, right, how) for a in rest_l]
-    fields += [_alone(store, b, left, how) for b in rest_r]
+    _join_blocks(store, rest_l, [b for _, b in matches])
+    _join_blocks(store, rest_r, [a for a, _ in matches])
+    fields += [_alone(store, a, right, how) for a in rest_l if _lasts(a, right)]
+    fields += [_alone(store, b, left, how) for b in rest_r if _lasts(b, left)]
     uniform = left.uniform and right.uniform
     return Value(
         broadcast_shape((left, right)),
@@ -185,6 +218,7 @@ def reduce(store: Store, value: Value, dims: frozenset[int], bits: int, reason: 
         if not item.support & dims:
             fields.append(item)
             continue
+        _heard(store, item)
         if item.support <= dims or _covered(value, item, dims) or keep:
             for bit in (NO_MERGE, NO_REMOVE):
                 if bits & bit:
@@ -216,7 +250,7 @@ def contract(store: Store, left: Value, right: Value, dims: frozenset[int]) -> V
     A weight met along a summed dimension reads the channel there (its columns); along the others it writes.
     """
     ndim = max(len(left.shape), len(right.shape))
-    left, right = left.lifted(ndim), right.lifted(ndim)
+    left, right = (_varied(value.lifted(ndim), dims) for value in (left, right))
     matches, rest_l, rest_r = pair_fields(left.fields, right.fields)
     for side, other in ((left, right), (right, left)):
         if side.state and not other.state:
@@ -234,6 +268,18 @@ def contract(store: Store, left: Value, right: Value, dims: frozenset[int]) -> V
     shape = tuple(1 if d in dims else n for d, n in enumerate(broadcast_shape((left, right))))
     state = left.state and right.state
     return Value(shape, joint.fields, state=state, computed=state)
+
+
+def _heard(store: Store, item: Field) -> None:
+    """A block is summed away: if it is loud, removing it takes more than silence."""
+    if item.level == 1 and item.loud:
+        store.flag(item.labels, OFFSET)
+
+
+def _varied(value: Value, dims: frozenset[int]) -> Value:
+    """The same value, without a word on where it repeats along some dimensions."""
+    fields = tuple(f for f in value.fields if f.level != REPEAT or not f.support & dims)
+    return replace(value, fields=fields)
 
 
 def _meet_and_read(
@@ -260,11 +306,13 @@ def _meet_and_read(
                 fields.append(merged)
         else:
             fields.append(_merge_pair(store, a, b, "mul"))
-    for owner, rest in ((left, rest_l), (right, rest_r)):
+    for owner, other, rest in ((left, right, rest_l), (right, left, rest_r)):
         for item in rest:
             if not item.support & dims:
-                fields.append(item)
-            elif item.level == 0:
+                fields += [item] if _lasts(item, other) else []
+                continue
+            _heard(store, item)
+            if item.level == 0:
                 store.forbid(owner, item, item.support, FROZEN, FIXED)
     return Value(broadcast_shape((left, right)), tuple(fields))
 
@@ -272,6 +320,9 @@ def _meet_and_read(
 def _read_pair(store: Store, left: Value, right: Value, a: Field, b: Field, dims: frozenset[int]) -> Field | None:
     """A channel is read: its two sides answer a rescale inversely, and it ends here."""
     store.same(a.labels, b.labels)
+    if _loud(a, b, "mul"):
+        _heard(store, a)
+        _heard(store, b)
     for kind in ("pos", "sgn"):
         x, y = torch.broadcast_tensors(getattr(a, kind), getattr(b, kind))
         both = (x != 0) & (y != 0)
@@ -344,6 +395,9 @@ def reshape(store: Store, value: Value, shape: tuple[int, ...]) -> Value:
     runs = _factor(value.shape, shape)
     fields: list[Field] = []
     for item in value.fields:
+        if item.level == REPEAT:
+            fields += _repeats(value, item, runs, shape)
+            continue
         target: list[int] = []
         full = list(item.labels.shape)
         for dims_old, dims_new in runs:
@@ -358,6 +412,22 @@ def reshape(store: Store, value: Value, shape: tuple[int, ...]) -> Value:
                 store.rect(small.labels)
     result = replace(value, shape=shape, fields=tuple(fields), name=None)
     return result if value.raw else with_blocks(store, result)
+
+
+def repeat(shape: Sequence[int], d: int) -> Field:
+    """Says of a value of this shape that it is the same all along a dimension."""
+    labels = torch.full([n if i == d else 1 for i, n in enumerate(shape)], UNIFORM)
+    none = torch.zeros_like(labels)
+    return Field(labels, none, none, REPEAT)
+
+
+def _repeats(value: Value, item: Field, runs: list[tuple[list[int], list[int]]], shape: tuple[int, ...]) -> list[Field]:
+    """What is left of a repeat in a view: it ends where the dimension is joined with another."""
+    same = {d for f in value.fields if f.level == REPEAT for d in f.support}
+    for old, new in runs:
+        if min(item.support) == min(same & set(old), default=-1) and all(value.shape[d] == 1 or d in same for d in old):
+            return [repeat(shape, d) for d in new if shape[d] > 1]
+    return []
 
 
 def with_blocks(store: Store, value: Value) -> Value:

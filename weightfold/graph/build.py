@@ -259,7 +259,8 @@ class Builder:
         signature = np.zeros(len(ordered), np.uint64)
         with np.errstate(over="ignore"):
             np.add.at(signature, channel, mix(base.touch[rows] + mix(base.seed[rows])))
-        if problem or len(np.unique(signature)) > 1 or own & L.FROZEN or flags & L.FROZEN:
+        inside = int(np.bitwise_or.reduce(facts.atom_flags[base.atom[rows]]))
+        if problem or len(np.unique(signature)) > 1 or (own | inside) & L.FROZEN:
             return None
         pairs = np.unique(np.stack([channel, base.comp[rows]]), axis=1)
         inner = facts.comp_flags[children] & (L.FROZEN_IN | L.NO_REMOVE_IN | L.NO_MERGE_IN)
@@ -307,7 +308,10 @@ class Builder:
         return False
 
     def _block_problem(self, roots: Ints, rows: Ints, block_of_atom: Ints) -> bool:
-        """Whether a channel inside the blocks has a part that is in no block and not shared by all of them."""
+        """Whether a channel inside the blocks has a part that is in no block and not shared by all of them.
+
+        A part is shared if the channel has a place in every block, and no more places in that part than in one block.
+        """
         base = self.facts.base
         children = np.unique(base.comp[rows])
         children = children[~np.isin(children, roots)]
@@ -315,6 +319,12 @@ class Builder:
         loose = inside & (block_of_atom < 0)
         if not loose.any():
             return False
+        per_block = np.zeros(self.facts.n_comps, np.int64)
+        (_, comp, _), places = _counted(base.seed[rows], base.comp[rows], block_of_atom[rows])
+        np.maximum.at(per_block, comp, places)
+        (_, comp), places = _counted(base.seed[loose], base.comp[loose])
+        if (places > per_block[comp]).any():
+            return True
         suspects = np.unique(base.comp[loose])
         mine = np.isin(base.comp[rows], suspects)
         pairs = np.unique(np.stack([base.comp[rows][mine], block_of_atom[rows][mine]]), axis=1)
@@ -352,3 +362,8 @@ class Builder:
                 continue
             out.append(Frozen(seed.tensor, seed.dim, int(lost.sum()), text))
         return out
+
+
+def _counted(*columns: Ints) -> tuple[Ints, Ints]:
+    """Distinct rows of a table, column by column, and how often each occurs."""
+    return np.unique(np.stack(columns), axis=1, return_counts=True)

@@ -10,7 +10,8 @@ Two gauges ride along: ``pos`` (how a value answers a positive rescale of its ch
 all) and ``sgn`` (the same for a change of sign).
 
 Level 0 is the channel itself; level 1 is a *block* of channels (an attention head, a group of a grouped convolution)
-that a view split off.
+that a view split off. A field of level `REPEAT` has no atoms: it says that the value is the same all along its
+dimensions (keys that all heads share).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+REPEAT = 2
 FOREIGN, UNIFORM, ZERO = 0, -1, -2
 """Labels of elements that belong to no channel: data that varies, a constant, and a constant that is zero."""
 
@@ -46,12 +48,17 @@ INNER = {FROZEN: FROZEN_IN, NO_REMOVE: NO_REMOVE_IN, NO_MERGE: NO_MERGE_IN}
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """Labels of one value: arrays with the value's number of dimensions, each dimension full or of size 1."""
+    """Labels of one value: arrays with the value's number of dimensions, each dimension full or of size 1.
+
+    ``loud``, of blocks: the value may differ from zero where all that writes a block is zero (the probabilities of a
+    head without queries).
+    """
 
     labels: Tensor
     pos: Tensor
     sgn: Tensor
     level: int = 0
+    loud: bool = False
 
     @property
     def support(self) -> frozenset[int]:
@@ -64,7 +71,7 @@ class Field:
     def map(self, function: Callable[[Tensor], Tensor]) -> Field:
         """Run a data movement on all three arrays."""
         labels, pos, sgn = (function(array) for array in self.arrays())
-        return Field(labels, pos, sgn, self.level)
+        return Field(labels, pos, sgn, self.level, self.loud)
 
     def lifted(self, ndim: int) -> Field:
         """Prepend dimensions of size 1, as broadcasting does."""
@@ -80,7 +87,8 @@ class Value:
     """What is known of one tensor in the program.
 
     ``state`` means: a function of parameters alone. ``uniform``: the same number everywhere; ``zero``: it is 0;
-    ``name``: the parameter that this value is, untouched; ``computed``: the result of arithmetic on parameters.
+    ``name``: the parameter that this value is, untouched; ``computed``: the result of arithmetic on parameters;
+    ``known``: the numbers themselves, of integers that the forward writes down or counts out.
     """
 
     shape: tuple[int, ...]
@@ -90,11 +98,15 @@ class Value:
     zero: bool = False
     name: str | None = None
     computed: bool = False
+    known: Tensor | None = None
 
     @property
     def raw(self) -> bool:
         """A parameter, at most moved: its layout is that of a weight, not of an activation."""
         return self.state and not self.computed
+
+    def without_repeats(self) -> Value:
+        return replace(self, fields=tuple(f for f in self.fields if f.level != REPEAT))
 
     def blocks(self) -> tuple[Field, ...]:
         return tuple(f for f in self.fields if f.level == 1)
@@ -117,7 +129,7 @@ def compress(item: Field) -> Field | None:
             keep = [a.narrow(d, 0, 1) for a in keep]
     if all(n == 1 for n in keep[0].shape):
         return None
-    return Field(keep[0], keep[1], keep[2], item.level)
+    return Field(keep[0], keep[1], keep[2], item.level, item.loud)
 
 
 def kept(store: Store, item: Field) -> list[Field]:
@@ -297,15 +309,23 @@ def pair_fields(
 ) -> tuple[list[tuple[Field, Field]], list[Field], list[Field]]:
     """Decide which field of one value speaks of the same channels as which field of the other.
 
-    Equal supports first (same level, then across levels: a per-head bias meets the heads), then any overlap.
+    Equal supports first (same level, then across levels: a per-head bias meets the heads), then any overlap. Channels
+    that only share their blocks (the values of a head and the taps of its kernel) are not the same.
     """
     matches: list[tuple[Field, Field]] = []
     rest_l, rest_r = list(left), list(right)
+    shared = {f.support for f in left if f.level == 1} & {f.support for f in right if f.level == 1}
+
+    def overlap(a: Field, b: Field) -> bool:
+        both = a.support & b.support
+        only_blocks = both in shared and a.support > both and b.support > both
+        return bool(both) and not (a.level == b.level == 0 and only_blocks)
+
     tests: list[Callable[[Field, Field], Any]] = [
         lambda a, b: a.level == b.level and a.support == b.support,
         lambda a, b: a.support == b.support,
-        lambda a, b: a.level == 0 and b.level == 0 and a.support & b.support,
-        lambda a, b: a.support & b.support,
+        lambda a, b: a.level == 0 and b.level == 0 and overlap(a, b),
+        overlap,
     ]
     for test in tests:
         for a in list(rest_l):

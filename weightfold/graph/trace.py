@@ -14,19 +14,27 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from weightfold.errors import TraceError
-from weightfold.graph import labels as L
 from weightfold.graph import rules
 from weightfold.graph.build import Builder
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
 from weightfold.graph.solve import OUTPUT, solve
+
+PARTIAL_WRITES = frozenset({"copy", "add", "sub", "mul", "div", "addcmul", "lerp", "masked_fill", "where"})
+"""Operators whose in-place form, on a view, changes a part of a tensor by what another tensor holds."""
+
+RULES_MUST_NOT_FAIL: ContextVar[bool] = ContextVar("RULES_MUST_NOT_FAIL", default=False)
+"""Let an exception inside a rule through instead of freezing what the operator meets: set by the tests."""
 
 Example = Any
 """One tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -117,9 +125,21 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
         config.use_cache = False
     with quiet():
         try:
-            return torch.export.export(twin, args, kwargs, strict=False)
+            program = torch.export.export(twin, args, kwargs, strict=False)
+            return program.run_decompositions({}) if _writes_through_views(program.graph_module) else program
         except Exception as error:
             raise _explain(model, error) from error
+
+
+def _writes_through_views(module: torch.fx.GraphModule) -> bool:
+    """Whether values are written into parts of a tensor: then the program is rewritten without such writes."""
+    return any(
+        rules.node_name(node) in PARTIAL_WRITES and rules.in_place(node) and _is_view(node.args[0])
+        for part in module.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+        if node.op == "call_function" and node.args and isinstance(node.args[0], torch.fx.Node)
+    )
 
 
 def _explain(model: nn.Module, error: Exception) -> TraceError:
@@ -229,6 +249,8 @@ class Interpreter:
         try:
             return rules.apply_rule(self.store, node, args, kwargs)
         except (RuntimeError, IndexError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            if RULES_MUST_NOT_FAIL.get():
+                raise
             text = f"'{node.target}' is called in a way its rule does not know ({type(error).__name__})"
             for value in rules.values_in([*args, *kwargs.values()]):
                 self.store.freeze(value, text)
@@ -262,9 +284,8 @@ class Interpreter:
             if unary:
                 for item in old.fields:
                     self.store.kill(item)
-                env[base] = L.replace(
-                    old, fields=tuple(f.without_gauge() for f in old.fields), uniform=False, zero=False
-                )
+                fields = tuple(f.without_gauge() for f in old.fields)
+                env[base] = replace(old, fields=fields, uniform=False, zero=False, known=None)
             else:
                 for value in (old, *rules.values_in(args)):
                     self.store.freeze(value, "is written in place through a view")
@@ -307,8 +328,8 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
     outputs = interpreter.run(program.graph_module, _inputs(program, aliases, values))
     interpreter.where.append("")
     store.node = len(interpreter.where) - 1
-    for value in outputs:
-        if isinstance(value, Value):
+    for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
+        if isinstance(value, Value) and spec.kind == OutputKind.USER_OUTPUT:
             store.touch(value)
             store.freeze(value, OUTPUT)
     builder = Builder(solve(store), interpreter.where)
@@ -339,11 +360,21 @@ def _inputs(
 ) -> list[Any]:
     """Values of the program's placeholders: parameters with labels, everything else without."""
     signature = program.graph_signature
+    lifted = signature.inputs_to_lifted_tensor_constants
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     inputs = []
     for node in program.graph.nodes:
         if node.op != "placeholder":
             continue
         name = aliases.get(str(named.get(node.name, "")))
-        inputs.append(values[name] if name is not None else rules.shapes_of(node))
+        value = values[name] if name is not None else rules.shapes_of(node)
+        inputs.append(_with_numbers(value, program.constants.get(lifted.get(node.name, ""))))
     return inputs
+
+
+def _with_numbers(value: Any, constant: Any) -> Any:
+    """A value with the integers that it is known to hold."""
+    if not isinstance(value, Value) or not isinstance(constant, Tensor):
+        return value
+    known = not (constant.is_meta or constant.is_floating_point() or constant.is_complex())
+    return replace(value, known=constant.detach().cpu()) if known else value

@@ -10,7 +10,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 from weightfold.graph.labels import Store, Value
-from weightfold.graph.rules.core import MOVES, RULES, node_name, out_shape, shapes_of, unknown, values_in
+from weightfold.graph.rules.core import (
+    MOVES,
+    RULES,
+    call,
+    in_place,
+    node_name,
+    out_shape,
+    shapes_of,
+    unknown,
+    values_in,
+)
 from weightfold.graph.rules.pointwise import pointwise
 
 CONSTANTS = {"zeros": 0, "ones": 1, "full": 1, "zeros_like": 0, "ones_like": 1, "full_like": 1, "new_zeros": 0,
@@ -27,6 +37,19 @@ UNTAGGED = frozenset({
 KEEPING = frozenset({"slice", "narrow", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout"})
 """Movements that leave every dimension in its place."""
 
+JOINS = frozenset({"cat", "concat", "concatenate", "stack", "select_scatter", "slice_scatter", "index_copy"})
+PADS = frozenset({"pad", "constant_pad_nd"})
+"""Movements whose result need not be the same all over where their operands are."""
+
+MINDING_REPEATS = KEEPING - {"slice", "narrow"} | {
+    "add", "addmm", "baddbmm", "bmm", "broadcast_to", "div", "einsum", "expand", "expand_as", "matmul", "mul", "permute",
+    "repeat", "reshape", "scaled_dot_product_attention", "softmax", "squeeze", "sub", "transpose", "unsqueeze", "view",
+}  # fmt: skip
+"""Operators whose rules follow what is the same all along a dimension; the others are not told of it."""
+
+KNOWN_NUMBERS = 1 << 16
+"""Integers that the forward counts out are followed up to this many."""
+
 
 def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Find the rule of a node's operator and run it."""
@@ -38,7 +61,9 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
         return None
     tags = getattr(node.target, "tags", ())
     if not any(v.fields for v in values):
-        return _unlabelled(node, name, values, torch.Tag.pointwise in tags or name in ("where", "masked_fill"))
+        return _unlabelled(node, args, kwargs, torch.Tag.pointwise in tags or name in ("where", "masked_fill"))
+    if name not in MINDING_REPEATS:
+        args, kwargs = pytree.tree_map_only(Value, Value.without_repeats, (list(args), kwargs))
     if name not in MOVES:
         store.touch(*values)
     else:
@@ -66,16 +91,32 @@ def out_sizes(node: torch.fx.Node, value: Value, support: frozenset[int]) -> lis
     return [value.shape[d] for d in support] + [n for n in after if n not in value.shape]
 
 
-def _unlabelled(node: torch.fx.Node, name: str, values: Sequence[Value], pointwise_op: bool) -> Any:
+def _known(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The integers that an operator makes of known ones; None where they are not known, or no integers."""
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or val.is_floating_point() or val.numel() > KNOWN_NUMBERS or in_place(node):
+        return None
+    if any(v.known is None for v in values_in([*args, *kwargs.values()])):
+        return None
+    args, kwargs = pytree.tree_map_only(Value, lambda v: v.known, (list(args), {**kwargs, "device": "cpu"}))
+    if node_name(node) != "arange":
+        kwargs.pop("device")
+    return call(node, *args, **kwargs)
+
+
+def _unlabelled(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any], pointwise_op: bool) -> Any:
     """No channel is met: only remember whether the result is a constant.
 
     Its shape has 1 where it was merely expanded: it does not vary there.
     """
-    result = shapes_of(node)
+    result, name = shapes_of(node), node_name(node)
+    values = values_in([*args, *kwargs.values()])
+    if isinstance(result, Value) and (pointwise_op or name in MOVES or name == "arange"):
+        result = replace(result, known=_known(node, args, kwargs))
     if not isinstance(result, Value) or not values or not (name in MOVES or pointwise_op):
         return result
-    uniform = all(v.uniform or v.shape == () for v in values)
-    zero = name in MOVES and name != "pad" and all(v.zero for v in values)
+    zero = name in MOVES and name not in PADS and all(v.zero for v in values)
+    uniform = zero if name in JOINS | PADS else all(v.uniform or v.shape == () for v in values)
     result = replace(result, uniform=uniform, zero=zero, state=all(v.state for v in values))
     if name in KEEPING and len(values[0].shape) == len(result.shape):
         thin = tuple(1 if a == 1 else b for a, b in zip(values[0].shape, result.shape, strict=True))

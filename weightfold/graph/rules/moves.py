@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from weightfold.graph import algebra
 from weightfold.graph.labels import FOREIGN, FROZEN, UNIFORM, ZERO, Field, Store, Value, compress, kept
-from weightfold.graph.rules.core import call, node_name, on, out_shape, rule, values_in
+from weightfold.graph.rules.core import call, node_name, on, out_shape, rule, unknown, values_in
 
 
 @rule(
@@ -53,7 +54,10 @@ def reorder(store: Store, node: torch.fx.Node, x: Value, *args: Any, **_: Any) -
 def expand(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     shape = out_shape(node)
     wide = x.lifted(len(shape))
-    return replace(wide, shape=shape, name=None) if x.fields else wide
+    if not x.fields:
+        return wide
+    repeats = [algebra.repeat(shape, d) for d, n in enumerate(shape) if wide.shape[d] == 1 < n]
+    return replace(wide, shape=shape, fields=(*wide.fields, *repeats), name=None)
 
 
 def along(store: Store, node: torch.fx.Node, x: Value, dim: int, args: tuple, kwargs: dict, index: int | None) -> Value:
@@ -125,23 +129,35 @@ def execute(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
     shape = out_shape(node)
     if any(isinstance(a, Value) for a in args):
         return indexed(store, node, x, *args, **kwargs)
+    if node_name(node) == "repeat" and all(
+        a == b or a == 1 for a, b in zip(x.lifted(len(shape)).shape, shape, strict=True)
+    ):
+        return expand(store, node, x)
     return algebra.moved(store, x, shape, lambda array: call(node, array, *args, **kwargs))
 
 
 @rule("index", "gather", "take_along_dim", "_unsafe_index", "index_copy", move=True)
 def indexed(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Value:
-    """Indexing by data: labels pass only where the result does not depend on the indices."""
+    """Indexing: labels move along indices that are known, and elsewhere pass where the indices make no difference."""
     shape = out_shape(node)
-    for a in values_in(args):
+    indices = values_in(args)
+    for a in indices:
         store.freeze(a, "is used as an index")
 
-    def fill(a: Any, constant: int) -> Any:
+    def fill(a: Any, val: Any, constant: int | None) -> Any:
         if isinstance(a, Value):
-            return torch.full(a.shape, constant, dtype=torch.long)
-        return [fill(b, constant) for b in a] if isinstance(a, (list, tuple)) else a
+            return a.known if constant is None else torch.full(tuple(val.shape), constant, dtype=torch.long)
+        return [fill(b, v, constant) for b, v in zip(a, val, strict=True)] if isinstance(a, (list, tuple)) else a
 
-    def pick(item: Field, constant: int) -> Field:
-        return item.map(lambda array: call(node, array.expand(x.shape), *fill(args, constant), **kwargs))
+    vals = pytree.tree_map_only(torch.fx.Node, lambda n: n.meta["val"], list(node.args[1:]))
+
+    def pick(item: Field, constant: int | None) -> Field:
+        filled = fill(list(args), vals, constant)
+        return item.map(lambda array: call(node, array.expand(x.shape), *filled, **kwargs))
+
+    if not x.raw and indices and all(a.known is not None for a in indices):
+        fields = [small for item in x.fields for small in kept(store, pick(item, None))]
+        return Value(shape, tuple(fields), state=x.state, computed=x.computed)
 
     fields = []
     for item in x.fields:
@@ -187,6 +203,40 @@ def cat(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 0)
     )
 
 
+@rule("copy", move=True)
+def copy(store: Store, node: torch.fx.Node, x: Value, source: Value, *_: Any) -> Value:
+    """What was there is gone."""
+    return expand(store, node, source)
+
+
+@rule("select_scatter", "slice_scatter", move=True)
+def scatter(store: Store, node: torch.fx.Node, x: Value, part: Value, dim: int = 0, *args: Any, **kwargs: Any) -> Value:
+    """A stretch along one dimension is replaced: the rest before it, the part, the rest behind it."""
+    d = on(x, dim)
+    n = x.shape[d]
+    if node_name(node) == "select_scatter":
+        part = algebra.reshape(store, part, (*part.shape[:d], 1, *part.shape[d:]))
+        start, end = args[0] % n, args[0] % n + 1
+    else:
+        start, end, step = (*args, None, None, None)[:3]
+        start, end, step = slice(start, end, step).indices(n)
+        if step != 1:
+            return unknown(store, node, x, part)
+    parts = [_stretch(store, x, d, 0, start), part, _stretch(store, x, d, end, n)]
+    return cat(store, node, [p for p in parts if p.shape[d]], d)
+
+
+def _stretch(store: Store, x: Value, d: int, start: int, end: int) -> Value:
+    shape = tuple(end - start if i == d else n for i, n in enumerate(x.shape))
+
+    def cut(item: Field) -> list[Field]:
+        full = [x.shape[i] if i == d else n for i, n in enumerate(item.labels.shape)]
+        piece = item.map(lambda a: a.expand(full).narrow(d, start, end - start))
+        return kept(store, piece) if d in item.support else [item]
+
+    return replace(x, shape=shape, fields=tuple(f for item in x.fields for f in cut(item)), name=None)
+
+
 def _without(part: Value, d: int) -> Value:
     shape = tuple(1 if i == d else n for i, n in enumerate(part.shape))
     return replace(part, shape=shape, fields=tuple(f for f in part.fields if d not in f.support), name=None)
@@ -213,7 +263,7 @@ def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field |
         for column, array in zip(columns, arrays, strict=True):
             column.append(array.expand(shape))
     labels, pos, sgn = (torch.cat(column, d) for column in columns)
-    return compress(Field(labels, pos, sgn, level))
+    return compress(Field(labels, pos, sgn, level, any(f.loud for fs in found for f in fs)))
 
 
 @rule("stack", move=True)
@@ -263,5 +313,5 @@ def pad(store: Store, node: torch.fx.Node, x: Value, pads: Sequence[int], *rest:
             torch.constant_pad_nd(a.expand(wide), run, value)
             for a, value in zip(item.arrays(), (code, 0, 0), strict=True)
         ]
-        fields += kept(store, Field(arrays[0], arrays[1], arrays[2], item.level))
+        fields += kept(store, Field(arrays[0], arrays[1], arrays[2], item.level, item.loud))
     return Value(shape, tuple(fields), state=x.state, zero=x.zero and code == ZERO, uniform=x.zero and code == ZERO)

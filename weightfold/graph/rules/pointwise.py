@@ -60,6 +60,8 @@ def unary(store: Store, node: torch.fx.Node, x: Value, slot: int, args: tuple, k
                 item = replace(item, sgn=torch.zeros_like(item.sgn))
             if not zero:
                 store.flag(item.labels, OFFSET)
+        elif not zero:
+            item = replace(item, loud=True)
         fields.append(item)
     return replace(x, fields=tuple(fields), zero=x.zero and zero, name=None)
 

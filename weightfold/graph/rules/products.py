@@ -143,7 +143,7 @@ def attention(
     scores = product(store, q, algebra.permute(k, (*range(nd - 2), nd - 1, nd - 2)))
     if isinstance(mask, Value):
         scores = algebra.meet(store, scores, mask, "add")
-    scores = replace(scores, fields=tuple(without_gauge(store, f) for f in scores.fields))
+    scores = replace(scores, fields=tuple(replace(without_gauge(store, f), loud=True) for f in scores.fields))
     return product(store, scores, v)
 
 

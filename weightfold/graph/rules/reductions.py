@@ -58,7 +58,7 @@ def softmax(store: Store, node: torch.fx.Node, x: Value, dim: int, *_: Any, **__
     result = algebra.reduce(store, x, dims, NO_MERGE | NO_REMOVE, "goes through a softmax across the group", keep=True)
     for item in result.fields:
         store.flag(item.labels, OFFSET) if item.level == 0 else None
-    return replace(result, fields=tuple(without_gauge(store, f) for f in result.fields))
+    return replace(result, fields=tuple(replace(without_gauge(store, f), loud=True) for f in result.fields))
 
 
 @rule("cumsum", "cumprod", "sort", "topk", "argsort", "logcumsumexp", "cummax", "flip_along", "diff", "kthvalue")
