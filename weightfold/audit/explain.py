@@ -121,6 +121,7 @@ def _removal(history: History, change: Change, channel: int, get_blob: Blob | No
         "rejected": why.get("rejected", []),
         "price": _price(history, body),
         "gain": _gain(history, change),
+        "together_with": list(change.together),
         "undo": body.get("proof", {}).get("undo"),
         "proof": body.get("proof", {}),
         "reset": body.get("reset", []),
@@ -245,8 +246,15 @@ def _attempt(record: Mapping[str, Any]) -> Facts:
 
 
 def _gain(history: History, change: Change) -> Facts:
-    """What the edit saved: each measured quantity before and after."""
-    earlier = [c for c in history.changes if c.seq < change.seq and c.undone is None]
+    """What the edit saved, with those that were made at once with it: each measured quantity before and after."""
+    peers = (change.group, *change.together)
+    earlier = [
+        c
+        for c in history.changes
+        if c.seq < change.seq
+        and (c.undone is None or c.undone.seq > change.seq)
+        and not (change.together and c.step == change.step and c.group in peers)
+    ]
     before = earlier[-1].body.get("gain", {}) if earlier else history.start
     return {
         key: {"before": number(before.get(key)), "after": value} for key, value in change.body.get("gain", {}).items()

@@ -94,7 +94,8 @@ def _digests(body: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _check_model(path: Path, entries: list[Entry], head: str) -> None:
     structure, header = read_structure(path)
-    _check_head(path, structure, head)
+    if path.name == "model.safetensors" or structure.ledger_head not in _heads_since_result(entries):
+        _check_head(path, structure, head)
     for name, digest in _tensor_digests(path.name, entries).items():
         if name not in header.tensors:
             raise ArtifactError(f"'{path}' lacks the tensor '{name}' that the ledger knows.", remedy=AGAIN)
@@ -104,6 +105,12 @@ def _check_model(path: Path, entries: list[Entry], head: str) -> None:
         raise ArtifactError(
             f"The tensors in '{path}' were changed: they do not have the fingerprint it gives.", remedy=AGAIN
         )
+
+
+def _heads_since_result(entries: list[Entry]) -> set[str]:
+    """Heads at which a run's dense network may stand: edits that were taken back later leave it alone."""
+    last = max((entry.seq for entry in entries if entry.kind == "result"), default=len(entries))
+    return {entry.hash for entry in entries[last:] if entry.kind in ("result", "undo")}
 
 
 def _check_head(path: Path, structure: Structure, head: str) -> None:

@@ -75,6 +75,13 @@ class Change:
         return tuple(self.original[at] for at in self.carry)
 
     @property
+    def together(self) -> tuple[str, ...]:
+        """Other groups that were changed and measured at once with this one."""
+        attempts = self.body.get("price", {}).get("attempts", [])
+        others = attempts[-1].get("together_with", []) if attempts and isinstance(attempts[-1], dict) else []
+        return tuple(str(name) for name in others)
+
+    @property
     def kept(self) -> tuple[int, ...]:
         """Original numbers of the channels that stay."""
         return tuple(sorted(set(self.after)))
@@ -226,19 +233,18 @@ def _with_undos(changes: Iterable[Change], entries: Iterable[Entry]) -> tuple[Ch
 
 
 def undone_by(entry: Entry, changes: Mapping[int, Change]) -> tuple[int, ...]:
-    """Which edits an entry of kind "undo" takes back: those that it names, or the latest one before it."""
+    """Which edits an entry of kind "undo" takes back: those that it names, or the latest one of each of its groups."""
     named = entry.body.get("undoes", entry.body.get("seq"))
     if isinstance(named, int):
         named = [named]
     if isinstance(named, list):
         return tuple(seq for seq in named if seq in changes)
-    group = group_of(entry.body)
-    standing = [
-        change
-        for change in changes.values()
-        if change.undone is None and change.seq < entry.seq and group in ("", change.group)
-    ]
-    return (standing[-1].seq,) if standing else ()
+    standing = [change for change in changes.values() if change.undone is None and change.seq < entry.seq]
+    groups = entry.body.get("groups")
+    if not isinstance(groups, list):
+        groups = [group_of(entry.body) or (standing[-1].group if standing else "")]
+    latest = {change.group: change.seq for change in standing}
+    return tuple(latest[group] for group in groups if group in latest)
 
 
 def _measured_widths(result: Entry) -> dict[str, int]:

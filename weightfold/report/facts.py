@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from weightfold.audit.history import history_of
+from weightfold.audit.timeline import Timeline, read_timeline
 from weightfold.errors import ArtifactError
 from weightfold.ledger import Ledger
 
@@ -56,6 +58,7 @@ class Decision:
         dropped: what went, and the kept channel most like it: plain records with channel, partner, correlation.
         rejected: other choices and their predicted price.
         parameters: of the network afterwards, None if the edit was taken back.
+        undone: entry that took it back later; None while it stands.
     """
 
     seq: int
@@ -77,6 +80,7 @@ class Decision:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     parameters: int | None = None
     macs: int | None = None
+    undone: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Facts:
     decisions: list[Decision]
     losses: list[Curve]
     scores: list[Curve]
+    timeline: Timeline
     entries: int
     head: str
 
@@ -115,6 +120,7 @@ def gather(folder: Path) -> Facts:
             list(_decisions(ledger)),
             [curve for arm in ARMS if (curve := _curve(ledger, arm, "loss", "seconds")).by_step],
             [curve for arm in ARMS if (curve := _curve(ledger, arm, "val_score", "val_seconds")).by_step],
+            read_timeline(folder),
             len(ledger),
             ledger.head,
         )
@@ -140,12 +146,16 @@ def _curve(ledger: Ledger, arm: str, name: str, clock: str) -> Curve:
 
 def _decisions(ledger: Ledger) -> Iterator[Decision]:
     widths: dict[str, int] = {}
-    for entry in ledger.entries():
+    entries = tuple(ledger.entries())
+    undone = {change.seq: change.undone for change in history_of(entries, ledger.path, ledger.head).changes}
+    for entry in entries:
         body = entry.body
         if entry.kind == "prepare":
             widths = {group[0]: group[2] for group in body["groups"]}
         elif entry.kind == "edit":
-            yield _edit(entry.seq, entry.hash, body)
+            if entry.seq in undone:
+                later = undone[entry.seq]
+                yield replace(_edit(entry.seq, entry.hash, body), undone=None if later is None else later.seq)
         elif entry.kind == "rollback":
             attempts = _attempts(body["attempts"])
             n = widths.get(body["group"], 0)

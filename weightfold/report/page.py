@@ -12,7 +12,7 @@ from weightfold.report import origin, sections
 from weightfold.report.facts import Facts, gather
 
 NAME = "report.html"
-STYLE = Path(__file__).with_name("style.css")
+STYLES = tuple(Path(__file__).with_name(name) for name in ("style.css", "timeline.css"))
 
 
 def write_report(folder: str | Path) -> Path:
@@ -39,7 +39,7 @@ def render(facts: Facts) -> str:
         sections.header(facts),
         sections.cards(facts),
         sections.curves(facts),
-        sections.widths(facts),
+        sections.timeline(facts),
         sections.decisions(facts),
         sections.merges(facts),
         origin.table(facts),
@@ -48,7 +48,11 @@ def render(facts: Facts) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} · weightfold</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<title>{escape(title)} · weightfold</title><style>{_style()}</style></head>"
         f"<body><main>{''.join(parts)}<footer>Written by weightfold {escape(__version__)}.</footer></main></body>"
         "</html>\n"
     )
+
+
+def _style() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in STYLES)

@@ -8,6 +8,7 @@ from typing import Any
 
 from weightfold.report.facts import Curve, Decision, Facts
 from weightfold.report.svg import Line, interval_plot, line_plot, smooth
+from weightfold.report.timeline import picture
 from weightfold.report.words import ROWS, change, fewer, quantity, score_unit, signed, small
 
 ON_CARDS = ("parameters", "size_bytes", "seconds", "latency_ms_1", "latency_ms_64")
@@ -183,26 +184,23 @@ def _events(facts: Facts) -> list[dict[str, Any]]:
     return [{"at_seconds": 0.0, **event} for arm in facts.results["arms"].values() for event in arm.get("events", [])]
 
 
-def widths(facts: Facts) -> str:
-    """Channels of every group before and after."""
-    folded = facts.results["arms"].get("folded")
-    if not folded or not folded["widths"]:
+def timeline(facts: Facts) -> str:
+    """Widths of every group over the run, with what was decided, and the loss below."""
+    if "folded" not in facts.arms or not facts.timeline.rows:
         return ""
-    largest = max(before for _, before, _ in folded["widths"])
-    rows = []
-    for name, before, after in folded["widths"]:
-        text = f"{before} → <strong>{after}</strong>" if after != before else f"{before}"
-        rows.append(
-            f'<span class="name"><code>{escape(name)}</code></span>'
-            f'<span class="bar" role="img" aria-label="{before} channels before, {after} after">'
-            f'<span class="before" style="width:{100 * before / largest:.1f}%"></span>'
-            f'<span class="after" style="width:{100 * after / largest:.1f}%"></span></span>'
-            f'<span class="value">{text}</span>'
-        )
-    note = "Channels of each group: the outline is the width at the start, the filled bar the width at the end."
+    counted = "decision by decision" if facts.timeline.unit == "decisions" else "over training"
+    note = (
+        f"Each row is a channel group, {counted}: the filled part is the share of its channels that live, the numbers "
+        "count them at the start and at the end. Dotted lines mark the changes of the network."
+    )
+    later = facts.run.get("since", [])
+    if later:
+        undone = ", ".join(str(item["seq"]) for entry in later for item in entry["undone"])
+        note += f" Undone after the run: entry {undone}. All scores on this page were measured before that."
     return (
-        f'<section><h2>Widths</h2><p class="note">{note}</p><div class="card"><div class="widths">{"".join(rows)}</div>'
-        "</div></section>"
+        f'<section><h2>Widths over the run</h2><p class="note">{escape(note)}</p><div class="card scroll" tabindex="0" '
+        f'role="region" aria-label="Widths over the run"><div class="wide">'
+        f"{picture(facts.timeline, names=names_of(facts))}</div></div></section>"
     )
 
 
@@ -248,7 +246,9 @@ def _decision_row(facts: Facts, decision: Decision, limit: float | None) -> str:
     tries = (
         f" at the {_ordinal(len(decision.attempts))} size" if len(decision.attempts) > 1 and decision.accepted else ""
     )
-    if decision.accepted:
+    if decision.undone is not None:
+        verdict = f'<span class="pill bad">undone later</span> <span class="soft">entry {decision.undone}</span>'
+    elif decision.accepted:
         verdict = f'<span class="pill good">kept{tries}</span>'
     else:
         verdict = f'<span class="pill bad">taken back</span> <span class="soft">{escape(decision.reason)}</span>'

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weightfold.compressor import Compressor
     from weightfold.graph import ChannelGraph
     from weightfold.methods.base import Method
+    from weightfold.replay import Replay
 
 MOMENTUM = 0.9
 
@@ -60,6 +61,7 @@ class Arm:
         self.before = Blueprint.of(model)
         self.optimizer = make_optimizer(model, config)
         self.compressor: Compressor | None = None
+        self.forced: Replay | None = None
         self.seconds = 0.0
         self.events: list[dict[str, Any]] = []
         self.prepare_seconds = 0.0
@@ -74,22 +76,29 @@ class Arm:
         self.task.loss(outputs(twin, inputs), targets).backward()
         synchronise(self.device)
 
-    def attach(self, probe: Sequence[Batch], ledger: Ledger | None) -> None:
-        """Let a method work on this network; the time that its preparation takes counts."""
+    def attach(self, probe: Sequence[Batch], ledger: Ledger | None, forced: Replay | None = None) -> None:
+        """Let a method work on this network; the time that its preparation takes counts.
+
+        Args:
+            probe: batches by which edits are judged.
+            ledger: where they are recorded.
+            forced: recorded decisions in place of the method's own; nothing is judged then.
+        """
         from weightfold.compressor import Compressor
 
         start = time.perf_counter()
         self.compressor = Compressor(
             self.model,
             self.task.example().to(self.device),
-            [make_method(self.config)],
+            [make_method(self.config) if forced is None else forced],
             loss=self._loss,
-            probe=[(inputs.to(self.device), targets.to(self.device)) for inputs, targets in probe],
+            probe=[(i.to(self.device), t.to(self.device)) for i, t in (probe if forced is None else ())],
             ledger=ledger,
             total_steps=self.total_steps,
             seed=self.config.seed,
             max_increase=self.config.max_increase,
         )
+        self.forced = forced
         graph = self.compressor.prepare(self.optimizer)
         self.prepare_seconds = time.perf_counter() - start
         self.seconds += self.prepare_seconds
@@ -119,14 +128,18 @@ class Arm:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.compressor is not None:
-            self._let_act(start)
+            self._let_act(step + 1, start)
         self.points.append((step, plain, self.seconds + time.perf_counter() - start))
 
-    def _let_act(self, start: float) -> None:
+    def _let_act(self, step: int, start: float) -> None:
         """Give the method its turn; when it has acted, remember what it did and how long that took in all."""
         assert self.compressor is not None
         began = time.perf_counter()
+        if self.forced is not None:
+            self.forced.before_step(self.compressor, step)
         events = self.compressor.step()
+        if self.forced is not None:
+            self.forced.after_step(self.compressor, step)
         if events:
             now = time.perf_counter()
             self.event_seconds += now - began

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch import nn
 from weightfold.artifact import Builder
 from weightfold.data import Dataset, load, load_model
 from weightfold.data.dataset import Batch
-from weightfold.errors import WeightfoldError
+from weightfold.errors import ConfigError, WeightfoldError
 from weightfold.fingerprint import fingerprint
 from weightfold.ledger import Ledger
 from weightfold.models import NAMES
@@ -34,6 +34,9 @@ from weightfold.training.environment import machine, pick_device, versions
 from weightfold.training.finish import finish
 from weightfold.training.measure import evaluate, outputs
 from weightfold.training.rewind import rewind
+
+if TYPE_CHECKING:
+    from weightfold.replay import Replay
 
 STRETCH = 32
 """Batches that one network takes before the other one's turn."""
@@ -49,7 +52,12 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 
 
 def train(
-    config: TrainConfig, out: str | Path, *, force: bool = False, progress: Progress | None = None
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    forced: Replay | None = None,
 ) -> dict[str, Any]:
     """Train, compare, and write the folder of the run.
 
@@ -58,6 +66,7 @@ def train(
         out: the folder; missing or empty.
         force: write over the run that the folder holds.
         progress: told after each epoch.
+        forced: decisions of an earlier run, in place of the method's own; not judged by a gate.
     Returns:
         run: what `run.json` holds.
     Raises:
@@ -66,7 +75,7 @@ def train(
     out = Path(out)
     files.check(out, force=force)
     with _own_state(config):
-        run = _Run(config, out)
+        run = _Run(config, out, forced)
         files.claim(out, force=force)
         try:
             run.begin()
@@ -88,6 +97,10 @@ def resume(out: str | Path, *, progress: Progress | None = None) -> dict[str, An
     facts = files.read_run(out)
     if facts["status"] == "done":
         return facts
+    if "replays" in facts:
+        raise ConfigError(
+            f"The run in '{out}' replays another one and was interrupted.", remedy="Replay it from the beginning."
+        )
     config = TrainConfig(**facts["config"])
     with _own_state(config):
         run = _Run(config, out)
@@ -98,8 +111,9 @@ def resume(out: str | Path, *, progress: Progress | None = None) -> dict[str, An
 class _Run:
     """A run between two checkpoints."""
 
-    def __init__(self, config: TrainConfig, out: Path) -> None:
+    def __init__(self, config: TrainConfig, out: Path, forced: Replay | None = None) -> None:
         self.out = out
+        self.forced = forced
         self.device = pick_device(config.device)
         self.data = load(config.data, seed=0, limit=config.limit)
         self.config = config = config.resolved(self.data.task)
@@ -127,6 +141,7 @@ class _Run:
             },
             "initial_weights": self.initial,
             "total_steps": self.total_steps,
+            **({} if self.forced is None else {"replays": self.forced.config.head}),
         }
 
     def begin(self) -> None:
@@ -183,7 +198,7 @@ class _Run:
             arm = Arm(name, model, self.config, self.data.task, self.total_steps, self.device)
             arm.warm_up(probe[0])
             if name == "folded":
-                arm.attach(probe, ledger)
+                arm.attach(probe, ledger, self.forced)
             self.arms[name] = arm
 
     def _probe(self) -> Iterator[Batch]:

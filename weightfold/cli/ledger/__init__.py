@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from weightfold.cli.ledger import diff, explain, show, verify
+from weightfold.cli.ledger import diff, explain, replay, show, timeline, undo, verify
 
 app = typer.Typer(no_args_is_help=True, help="Read the record of a run, check it, replay it, take edits back.")
 app.command("show")(show.show_entries)
 app.command("explain")(explain.explain)
+app.command("timeline")(timeline.timeline)
 app.command("verify")(verify.verify)
+app.command("replay")(replay.replay)
+app.command("undo")(undo.undo)
 app.command("diff")(diff.diff)

@@ -100,7 +100,16 @@ def _result(body: Mapping[str, Any]) -> dict[str, Any]:
     return {"remark": f"test: {scores}"}
 
 
+def _undo(body: Mapping[str, Any]) -> dict[str, Any]:
+    undoes = body.get("undoes", [])
+    which = f"entries {', '.join(map(str, undoes))}" if len(undoes) > 1 else f"entry {undoes[0]}" if undoes else ""
+    group = body.get("group") or ", ".join(body.get("groups", []))
+    at = f"step {body['step']}: " if "step" in body else ""
+    return {"group": group, "remark": f"{at}{' '.join(filter(None, ('takes back', which)))}, {body['how']}"}
+
+
 _KNOWN = {
+    "undo": _undo,
     "edit": _edit,
     "rollback": _rollback,
     "refusal": _refusal,

@@ -80,7 +80,9 @@ def _first_decision(difference: Mapping[str, Any] | None) -> Iterator[str]:
 
 def _decided(row: Mapping[str, Any]) -> str:
     size = "" if row["channels"] is None else f" {row['channels'][0]} → {row['channels'][1]}"
-    return f"{show.plain(row['kind'])} {show.plain(row['group'])}{size} at step {row['step']} (entry {row['seq']})"
+    words = [row["kind"], row["group"]] if row["group"] else [row["kind"]]
+    at = "" if row["step"] is None else f" at step {row['step']}"
+    return f"{show.plain(' '.join(words))}{size}{at} (entry {row['seq']})"
 
 
 def _settings(facts: Mapping[str, Any]) -> list[list[str]]:

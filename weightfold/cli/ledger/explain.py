@@ -85,7 +85,7 @@ def _removal(facts: Mapping[str, Any], source: Path) -> Iterator[str]:
     yield from _into(facts, gone)
     yield from _why(gone)
     yield from _price(gone["price"])
-    yield from _gain(gone["gain"])
+    yield from _gain(gone)
     yield _line("entry", f"{gone['seq']}, hash {gone['hash'][:16]}…, written {_clock(gone['time'])}")
     if gone["undo"]:
         yield _line("way back", f"weightfold ledger undo {source} --seq {gone['seq']}")
@@ -152,16 +152,18 @@ def _price(price: Mapping[str, Any]) -> Iterator[str]:
         yield _line("", f"[dim]tried with {item.get('kept', '?')} channels before: {show.plain(item['reason'])}[/]")
 
 
-def _gain(gain: Mapping[str, Any]) -> Iterator[str]:
+def _gain(gone: Mapping[str, Any]) -> Iterator[str]:
     parts = []
-    for key, change in gain.items():
+    for key, change in gone["gain"].items():
         after = change["after"]
         if not isinstance(after, int | float):
             continue
         before = "" if change["before"] is None else f"{change['before']:,.0f} → "
         parts.append(f"{key.replace('_', ' ')} {before}{after:,.0f}")
     if parts:
-        yield _line("gain", ", ".join(parts) + " [dim](of the whole edit)[/]")
+        n = len(gone["together_with"])
+        of = f"of all {n + 1} edits made at once" if n else "of the whole edit"
+        yield _line("gain", f"{', '.join(parts)} [dim]({of})[/]")
 
 
 def _survival(facts: Mapping[str, Any]) -> Iterator[str]:
