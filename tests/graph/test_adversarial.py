@@ -3,17 +3,15 @@ refusal says where in the user's code it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weightfold.graph import edit as edits
 from weightfold.graph import exactness
-from weightfold.graph.apply import apply
-from weightfold.graph.group import ChannelGraph, ChannelGroup
+from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import trace
 
@@ -350,30 +348,9 @@ def test_no_admitted_edit_is_wrong(name: str) -> None:
     with exactness.float64():
         for group in graph:
             checks = [*exactness.check_group(model, graph, group.name, example, generator)]
-            for check in (*checks, *every_cut(model, graph, group, example)):
+            for check in (*checks, *exactness.check_cuts(model, graph, group.name, example)):
                 assert not check.problem, f"{check.group}, {check.kind}: {check.problem}"
                 assert check.error <= TOLERANCE, f"{check.group}, {check.kind}: relative error {check.error:.2e}"
-
-
-def every_cut(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, example: Tensor) -> Iterator[exactness.Check]:
-    """Remove every channel in turn, once it is dead; of every block the one at the same place."""
-    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
-    rows = [(block == b).nonzero().flatten().tolist() for b in torch.unique(block)]
-    if "remove" not in group.admits or min(map(len, rows)) < 2:
-        return
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    silent = group.zero_at_zero
-    for dead in zip(*rows, strict=True):
-        exactness.plant_dead(model, group, torch.tensor(dead), silent=silent)
-        edit = edits.remove(group, torch.tensor([c for c in range(group.n_channels) if c not in dead]))
-        reference = exactness.outputs(model, example)
-        _, undo = apply(model, graph, edit)
-        try:
-            error = exactness.relative_error(reference, exactness.outputs(model, example))
-            yield exactness.Check(group.name, f"remove {dead}", error)
-        finally:
-            undo.restore()
-            model.load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", [n for n, row in REFUSALS.items() if row[2]])

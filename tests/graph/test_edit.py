@@ -179,10 +179,8 @@ def one_edit(draw: Any, group: ChannelGroup) -> Edit:
     drop = torch.tensor(sorted(set(range(group.n_channels)) - set(keep.tolist())), dtype=torch.long)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     maps = {}
-    for axis in group.role("read"):  # a reader folds the channels that it reads
-        seen = (axis.index[:, 0] >= 0).double()
-        random = torch.randn(drop.numel(), keep.numel(), generator=generator, dtype=torch.float64)
-        maps[axis.key] = random * seen[drop][:, None] * seen[keep]
+    for axis in group.role("read"):  # of channels that a reader does not have, too
+        maps[axis.key] = torch.randn(drop.numel(), keep.numel(), generator=generator, dtype=torch.float64)
     return edits.fold(group, keep, maps)
 
 

@@ -13,6 +13,8 @@ from weightfold.graph import exactness
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import trace
+from weightfold.models.resnet20 import ResNet20, ResNet20Config
+from weightfold.models.task import Classes, ImageInput, TaskSpec
 
 TOLERANCE = 1e-9
 
@@ -207,3 +209,21 @@ def test_a_head_over_shared_values_is_not_silent_without_its_queries() -> None:
     group = graph.containing("q.weight", 0, "blocks")
     assert group is not None
     assert group.zero_at_zero
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_channels_padded_on_both_sides_keep_their_number(width: int) -> None:
+    """Half of the new channels stand before the old ones and half behind: one less would move the old ones."""
+    torch.manual_seed(8)
+    task = TaskSpec(input=ImageInput(channels=3, height=8, width=8), output=Classes(n=4))
+    model = ResNet20(task, ResNet20Config(width=width, depth=8)).double().eval()
+    example = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = with_sizes(model, example, trace(model, example))
+    for name in ("layer2.0.conv2", "layer3.0.conv2"):
+        assert "remove" not in graph[name].admits
+        assert "permute" in graph[name].admits
+        assert "is cut at written-down positions" in graph[name].reasons["remove"]
+    assert "remove" in graph["conv1"].admits
+    for group in (g for g in graph if "remove" in g.admits):
+        for check in exactness.check_cuts(model, graph, group.name, example):
+            assert check.error <= TOLERANCE, f"{check.group}, {check.kind}: relative error {check.error:.2e}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,18 @@ from weightfold.graph.solve import (
     stacked,
     table,
 )
+
+
+@dataclass
+class Verdict:
+    """Edits that a group admits, and the reasons against the others: of several, the first counts."""
+
+    admits: set[str]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def revoke(self, kinds: Collection[str], reason: str) -> None:
+        self.reasons |= dict.fromkeys(self.admits & set(kinds), reason)
+        self.admits -= set(kinds)
 
 
 @dataclass
@@ -88,69 +100,69 @@ class Builder:
 
     def _channel_group(self, rows: Ints, block: Hashes, bad: Ints) -> ChannelGroup | None:
         facts, base = self.facts, self.facts.base
-        comps_in_order = base.comp[rows[np.lexsort((base.pos[rows], base.seed[rows]))]]
-        comps = np.array(list(dict.fromkeys(comps_in_order.tolist())), dtype=np.int64)
-        fixed = ((facts.comp_flags[comps] & (L.FROZEN | L.FROZEN_IN)) != 0) | np.isin(comps, bad)
-        gaugeable = self._any_gauge(rows)
-        if fixed.all() and not gaugeable:
+        rows, comps, fixed = self._movable(rows, bad)
+        if fixed == "all" and not self._any_gauge(rows):
             return None
-        if fixed.any() and not fixed.all():
-            keep = comps[~fixed]
-            rows = rows[np.isin(base.comp[rows], keep)]
-            comps = keep
         number = np.full(facts.n_comps, -1, np.int64)
         number[comps] = np.arange(len(comps))
         channel = number[base.comp[rows]]
-        flags = int(np.bitwise_or.reduce(facts.comp_flags[comps]))
-        ids = np.unique(block[comps], return_inverse=True)[1]
-        first = {b: k for k, b in enumerate(dict.fromkeys(ids.tolist()))}
-        ids = np.array([first[b] for b in ids.tolist()])
-        even = len(set(np.bincount(ids).tolist())) == 1
         gauges = [
             g for kind, (roots, exps) in self.roots.items() for g in gauges_of(facts, channel, rows, roots, exps, kind)
         ]
-        reasons: dict[str, str] = {}
-        admits = set()
-        if fixed.all():
-            why = reason_of(facts, comps, L.FROZEN | L.FROZEN_IN, self.where)
-            reasons = dict.fromkeys(("permute", "remove", "merge"), why)
-        else:
-            admits |= {"permute", "remove", "merge"}
-        if "remove" in admits and flags & (L.NO_REMOVE | L.NO_REMOVE_IN):
-            self._revoke(admits, reasons, "remove", comps, L.NO_REMOVE | L.NO_REMOVE_IN)
-        if "merge" in admits and flags & (L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN):
-            self._revoke(admits, reasons, "merge", comps, L.NO_MERGE | L.NO_MERGE_IN | L.NO_REMOVE | L.NO_REMOVE_IN)
-        if "remove" in admits and (fixed.any() or not even):
-            text = "shares a layout with channels that are frozen, or whose blocks differ in size"
-            admits -= {"remove", "merge"}
-            reasons |= {"remove": text, "merge": text}
-        axes = self._axes(rows, channel, len(comps), paired=bool(flags & L.PAIRED))
-        if "merge" in admits and any(a.role == "both" for a in axes):
-            admits.discard("merge")
-            reasons["merge"] = "one tensor both writes and reads these channels (tied weights)"
-        if any(g.kind == "positive" for g in gauges):
-            admits.add("rescale")
-        if any(g.kind == "sign" for g in gauges):
-            admits.add("sign")
         if len(comps) < 2 and not gauges:
             return None
-        n_blocks = int(ids.max()) + 1
-        if n_blocks == len(comps):
-            admits -= {"remove", "merge"}
-            reasons.setdefault("remove", "each block holds one channel: edit the blocks as wholes")
+        flags = int(np.bitwise_or.reduce(facts.comp_flags[comps]))
+        axes = self._axes(rows, channel, len(comps), paired=bool(flags & L.PAIRED))
+        ids = _in_order_of_use(block[comps])
+        verdict = self._verdict(comps, ids, fixed, axes)
         return ChannelGroup(
             name=self._name(axes),
             kind="channels",
             n_channels=len(comps),
             axes=axes,
-            block=torch.from_numpy(ids) if n_blocks > 1 else None,
-            admits=frozenset(admits),
-            reasons=reasons,
+            block=torch.from_numpy(ids) if ids.any() else None,
+            admits=frozenset(verdict.admits | {{"positive": "rescale"}.get(g.kind, g.kind) for g in gauges}),
+            reasons=verdict.reasons,
             gauges=tuple(gauges),
-            modules=self._modules(rows),
             zero_at_zero=not flags & L.OFFSET,
             written=self._written(comps),
         )
+
+    def _movable(self, rows: Ints, bad: Ints) -> tuple[Ints, Ints, str]:
+        """Rows and components (in order of first use) that are not fixed, and how many were fixed: none, some or all.
+
+        Where all are fixed, all are returned: they may still admit a rescale.
+        """
+        facts, base = self.facts, self.facts.base
+        in_order = base.comp[rows[np.lexsort((base.pos[rows], base.seed[rows]))]]
+        comps = np.array(list(dict.fromkeys(in_order.tolist())), dtype=np.int64)
+        fixed = ((facts.comp_flags[comps] & (L.FROZEN | L.FROZEN_IN)) != 0) | np.isin(comps, bad)
+        if not fixed.any() or fixed.all():
+            return rows, comps, "all" if fixed.any() else "none"
+        return rows[np.isin(base.comp[rows], comps[~fixed])], comps[~fixed], "some"
+
+    def _verdict(self, comps: Ints, ids: Ints, fixed: str, axes: Sequence[Axis]) -> Verdict:
+        """What a group of channels in the blocks ``ids`` admits apart from rescaling, and why not the rest."""
+        facts = self.facts
+        verdict = Verdict({"permute", "remove", "merge"})
+        if fixed == "all":
+            verdict.revoke(verdict.admits, reason_of(facts, comps, L.FROZEN | L.FROZEN_IN, self.where))
+        flags = int(np.bitwise_or.reduce(facts.comp_flags[comps]))
+        no_remove = L.NO_REMOVE | L.NO_REMOVE_IN
+        no_merge = L.NO_MERGE | L.NO_MERGE_IN | no_remove
+        if flags & no_remove:
+            verdict.revoke({"remove"}, reason_of(facts, comps, no_remove, self.where))
+        if flags & no_merge:
+            verdict.revoke({"merge"}, reason_of(facts, comps, no_merge, self.where))
+        sizes = np.bincount(ids)
+        if fixed == "some" or len(set(sizes.tolist())) > 1:
+            text = "shares a layout with channels that are frozen, or whose blocks differ in size"
+            verdict.revoke({"remove", "merge"}, text)
+        if any(a.role == "both" for a in axes):
+            verdict.revoke({"merge"}, "one tensor both writes and reads these channels (tied weights)")
+        if len(sizes) == len(comps):
+            verdict.revoke({"remove", "merge"}, "each block holds one channel: edit the blocks as wholes")
+        return verdict
 
     def _written(self, comps: Ints) -> tuple[str, ...]:
         mine = set(comps.tolist())
@@ -160,10 +172,6 @@ class Builder:
     def _any_gauge(self, rows: Ints) -> bool:
         atoms = self.facts.base.atom[rows]
         return any(bool((roots[atoms] >= 0).any()) for roots, _ in self.roots.values())
-
-    def _revoke(self, admits: set[str], reasons: dict[str, str], kind: str, comps: Ints, bits: int) -> None:
-        admits.discard(kind)
-        reasons[kind] = reason_of(self.facts, comps, bits, self.where)
 
     def _axes(
         self, rows: Ints, channel: Ints, n: int, *, paired: bool = False, whole: bool = False
@@ -189,13 +197,6 @@ class Builder:
             tap = facts.store.taps.get((seed.tensor, seed.dim))
             axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, tap))
         return tuple(axes)
-
-    def _modules(self, rows: Ints) -> tuple[str, ...]:
-        return tuple(
-            dict.fromkeys(
-                self.facts.store.seeds[s].tensor.rpartition(".")[0] for s in np.unique(self.facts.base.seed[rows])
-            )
-        )
 
     def _name(self, axes: Sequence[Axis], suffix: str = "") -> str:
         first = next((a for a in axes if a.role == "write"), axes[0])
@@ -267,24 +268,20 @@ class Builder:
         if pairs.shape[1] == len(ordered) == len(children) and not inner.any() and not np.isin(children, roots).any():
             return None
         axes = self._axes(rows, channel, len(ordered), whole=True)
-        admits, reasons = {"permute", "remove", "merge"}, {}
+        verdict, whole = Verdict({"permute", "remove", "merge"}), np.concatenate([roots, children])
         if flags & L.NO_REMOVE:
-            self._revoke(admits, reasons, "remove", np.concatenate([roots, children]), L.NO_REMOVE)
-        if (
-            flags & (L.NO_MERGE | L.NO_REMOVE)
-            or any(a.role == "both" for a in axes)
-            or not any(a.role == "read" for a in axes)
-        ):
-            self._revoke(admits, reasons, "merge", np.concatenate([roots, children]), L.NO_MERGE | L.NO_REMOVE)
+            verdict.revoke({"remove"}, reason_of(facts, whole, L.NO_REMOVE, self.where))
+        roles = {a.role for a in axes}
+        if flags & (L.NO_MERGE | L.NO_REMOVE) or "both" in roles or "read" not in roles:
+            verdict.revoke({"merge"}, reason_of(facts, whole, L.NO_MERGE | L.NO_REMOVE, self.where))
         return ChannelGroup(
             name=self._name(axes, ".blocks"),
             kind="blocks",
             n_channels=len(ordered),
             axes=axes,
             block=None,
-            admits=frozenset(admits),
-            reasons=reasons,
-            modules=self._modules(rows),
+            admits=frozenset(verdict.admits),
+            reasons=verdict.reasons,
             zero_at_zero=not flags & L.OFFSET,
         )
 
@@ -367,3 +364,9 @@ class Builder:
 def _counted(*columns: Ints) -> tuple[Ints, Ints]:
     """Distinct rows of a table, column by column, and how often each occurs."""
     return np.unique(np.stack(columns), axis=1, return_counts=True)
+
+
+def _in_order_of_use(keys: Hashes) -> Ints:
+    """Equal keys get equal numbers, counted up in order of first use."""
+    first = {key: k for k, key in enumerate(dict.fromkeys(keys.tolist()))}
+    return np.array([first[key] for key in keys.tolist()], dtype=np.int64)

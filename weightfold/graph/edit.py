@@ -263,7 +263,8 @@ def fold(
     Args:
         keep: kept channels, shape (K,).
         maps: for each reading axis the coefficients M of shape (C - K, K) with dropped ~ kept @ M.T, dropped
-            channels in ascending order: the reader becomes W_kept + W_dropped @ M.
+            channels in ascending order: the reader becomes W_kept + W_dropped @ M. Coefficients of channels that the
+            axis does not have (another layer's units) count as zero.
         shift: for each reading axis what is left over per old channel, shape (C,); folded into the reader's bias.
     """
     _require(group, "merge")
@@ -281,7 +282,8 @@ def fold(
         full = torch.zeros(group.n_channels, keep.numel(), dtype=torch.float64)
         full[keep, torch.arange(keep.numel())] = 1
         full[dropped] = coefficients
-        reads[key] = full
+        have = (group.axis(*key).index >= 0).any(1)
+        reads[key] = full.masked_fill(~(have[:, None] & have[keep]), 0.0)
     vectors = {key: torch.as_tensor(v, dtype=torch.float64).cpu() for key, v in (shift or {}).items()}
     return Edit(group.name, "fold", group.n_channels, keep, reads=reads, shift=vectors)
 

@@ -179,6 +179,21 @@ def check_group(
         model.load_state_dict(state)
 
 
+def check_cuts(model: nn.Module, graph: ChannelGraph, name: str, example: Example) -> Iterator[Check]:
+    """Remove every channel in turn, once it is dead; of every block the one at the same place."""
+    group = graph[name]
+    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
+    rows = [(block == b).nonzero().flatten().tolist() for b in torch.unique(block)]
+    if "remove" not in group.admits or min(map(len, rows)) < 2:
+        return
+    state = _saved(model)
+    for dead in zip(*rows, strict=True):
+        plant_dead(model, group, torch.tensor(dead), silent=group.zero_at_zero)
+        edit = edits.remove(group, torch.tensor([c for c in range(group.n_channels) if c not in dead]))
+        yield _try(model, graph, edit, example, outputs(model, example), f"remove {dead}")
+        model.load_state_dict(state)
+
+
 def _planted(
     model: nn.Module,
     graph: ChannelGraph,

@@ -85,7 +85,6 @@ class ChannelGroup:
     admits: frozenset[str]
     reasons: Mapping[str, str]
     gauges: tuple[Gauge, ...] = ()
-    modules: tuple[str, ...] = ()
     attributes: tuple[tuple[str, str, Fraction], ...] = ()
     zero_at_zero: bool = True
     written: tuple[str, ...] = ()

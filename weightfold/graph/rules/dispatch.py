@@ -42,8 +42,9 @@ PADS = frozenset({"pad", "constant_pad_nd"})
 """Movements whose result need not be the same all over where their operands are."""
 
 MINDING_REPEATS = KEEPING - {"slice", "narrow"} | {
-    "add", "addmm", "baddbmm", "bmm", "broadcast_to", "div", "einsum", "expand", "expand_as", "matmul", "mul", "permute",
-    "repeat", "reshape", "scaled_dot_product_attention", "softmax", "squeeze", "sub", "transpose", "unsqueeze", "view",
+    "add", "addmm", "baddbmm", "bmm", "broadcast_to", "div", "einsum", "expand", "expand_as", "matmul", "mul",
+    "permute", "repeat", "reshape", "scaled_dot_product_attention", "softmax", "squeeze", "sub",
+    "transpose", "unsqueeze", "view",
 }  # fmt: skip
 """Operators whose rules follow what is the same all along a dimension; the others are not told of it."""
 
