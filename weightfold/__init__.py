@@ -14,8 +14,11 @@ _PUBLIC = {
     "Event": "weightfold.history",
     "Fold": "weightfold.methods.fold",
     "Ledger": "weightfold.ledger",
+    "Palette": "weightfold.methods.palette",
     "Prune": "weightfold.methods.prune",
+    "Tie": "weightfold.methods.tie",
     "load": "weightfold.export",
+    "palettize": "weightfold.methods.palette",
     "trace": "weightfold.graph",
 }
 

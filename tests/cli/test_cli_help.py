@@ -15,7 +15,7 @@ OPTIONS = (
     *("--data", "--model", "--set", "--epochs", "--batch-size", "--lr", "--optimizer", "--seed", "--method", "--keep"),
     *("--at", "--out", "--resume", "--device", "--threads", "--no-dense", "--force", "--json", "--debug"),
 )
-COMMANDS = ("trace", "train", "fold", "export", "ledger", "ledger show", "ledger verify")
+COMMANDS = ("trace", "sharing", "train", "fold", "export", "ledger", "ledger show", "ledger verify")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

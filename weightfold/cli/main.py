@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from weightfold.cli import export, fold, ledger, trace, train
+from weightfold.cli import export, fold, ledger, sharing, trace, train
 
 app = typer.Typer(
     name="weightfold",
@@ -17,6 +17,7 @@ app = typer.Typer(
     help="Networks that find what they hold twice, and fold it away while they train.",
 )
 app.command("trace")(trace.trace)
+app.command("sharing")(sharing.sharing)
 app.command("train")(train.train)
 app.command("fold")(fold.fold)
 app.command("export")(export.export)
