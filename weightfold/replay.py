@@ -135,7 +135,7 @@ def rebuild(model: nn.Module, example: Example, history: History, get_blob: Blob
             continue
         applied.append(Applied(change, edit, graph))
         graph = following
-        if not _more_at_once(change, history.standing):
+        if _last_at_once(change, history.standing):
             difference = _after(model, example, applied, graph, weights=weights)
     return Rebuilt(graph if difference is None else None, tuple(applied), difference, unknown)
 
@@ -164,9 +164,10 @@ def _first_group(history: History, graph: ChannelGraph) -> Difference | None:
     return None
 
 
-def _more_at_once(change: Change, changes: Sequence[Change]) -> bool:
-    """Whether another edit follows that was made and measured at once with this one."""
-    return any(c.seq > change.seq and c.step == change.step and c.group in change.together for c in changes)
+def _last_at_once(change: Change, standing: Sequence[Change]) -> bool:
+    """Whether an edit ends what was made and measured at once, all of which stands: its entry tells of all then."""
+    peers = [c for c in standing if c.step == change.step and c.group in change.together]
+    return len(peers) == len(change.together) and all(c.seq < change.seq for c in peers)
 
 
 def _after(

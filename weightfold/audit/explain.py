@@ -63,7 +63,7 @@ def explain(history: History, layer: str, channel: int, get_blob: Blob | None = 
         "refused": dict(history.groups[group].refused),
         "events": [_event(history, change, channel) for change in mine if channel in change.original],
         "removed": _removal(history, end, channel, get_blob) if end else None,
-        "way": _way(mine, channel),
+        "way": _way(mine, channel, get_blob),
         "takes": [taken for change in mine for taken in _takes(change, channel, get_blob)],
         "attempts_on_group": _refusals(history, group),
     }
@@ -207,22 +207,29 @@ def _column(change: Change, channel: int, get_blob: Blob | None) -> dict[int, fl
     return strongest
 
 
-def _way(changes: tuple[Change, ...], channel: int) -> list[Facts]:
+def _way(changes: tuple[Change, ...], channel: int, get_blob: Blob | None) -> list[Facts]:
     """Follow a removed channel into its nearest partner, and on when that one was removed in turn."""
     way: list[Facts] = []
-    standing = [change for change in changes if change.undone is None]
-    for change in standing:
-        if channel not in change.removed:
+    for change in changes:
+        if change.undone is not None or channel not in change.removed:
             continue
-        at = change.original.index(channel)
-        dropped = change.body.get("why", {}).get("dropped", [])
-        own = next((item for item in dropped if isinstance(item, dict) and item.get("channel") == at), {})
-        partner = _partner(change, own)
-        if partner is None:
+        into = _nearest(change, change.original.index(channel), get_blob)
+        if into is None:
             break
-        way.append({"from": channel, "into": partner["channel"], "seq": change.seq, "step": change.step, **partner})
-        channel = partner["channel"]
+        way.append({"from": channel, "into": into, "seq": change.seq, "step": change.step})
+        channel = into
     return way
+
+
+def _nearest(change: Change, at: int, get_blob: Blob | None) -> int | None:
+    """The partner that the entry names, else the kept channel with the largest coefficient."""
+    dropped = change.body.get("why", {}).get("dropped", [])
+    own = next((item for item in dropped if isinstance(item, dict) and item.get("channel") == at), {})
+    partner = _partner(change, own)
+    if partner is not None:
+        return partner["channel"]
+    shares = [share for item in _coefficients(change, at, get_blob) for share in item["partners"][:1]]
+    return max(shares, key=lambda share: abs(share["coefficient"]))["channel"] if shares else None
 
 
 def _price(history: History, body: Mapping[str, Any]) -> Facts:
