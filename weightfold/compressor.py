@@ -30,7 +30,6 @@ from weightfold.gate import Batch, Loss, Reading, check_probe, compare, losses
 from weightfold.graph import optim
 from weightfold.graph.apply import Companion, Undo, find_tensor
 from weightfold.graph.group import ChannelGraph
-from weightfold.graph.observe import SecondMoment
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import Example, trace
 from weightfold.history import Event, attempt_record, graph_record, undo_bytes
@@ -134,7 +133,7 @@ class Compressor:
     @property
     def seconds(self) -> dict[str, float]:
         """What all of this has cost so far: "prepare", "statistics", "planning", "surgery", "gate"."""
-        return {**self._seconds, "statistics": self._watcher.seconds}
+        return {**self._seconds, "statistics": self._watcher.spent}
 
     @contextmanager
     def _timed(self, what: Literal["prepare", "planning", "surgery", "gate"]) -> Iterator[None]:
@@ -220,9 +219,9 @@ class Compressor:
         """Call once after every optimiser step. Most of the time nothing happens."""
         self._step += 1
         self._watcher.tick()
-        self._take_statistics()
         events: list[Event] = []
         if self._may_act():
+            self._watcher.rest()
             events = self._decide()
             self._watcher.pause()
         self._observe()
@@ -257,7 +256,7 @@ class Compressor:
         self._hands.obey(journal)
         self._watch = watch
         if journal:
-            self._watcher.statistics = {}
+            self._watcher.clear()
         return [Event.from_state(event) for event in events]
 
     def once(self, batches: Iterable[Any] = ()) -> list[Event]:
@@ -274,13 +273,13 @@ class Compressor:
             return events
         finally:
             self.total_steps = total
-            self._watcher.statistics = {}
+            self._watcher.clear()
 
     def convert(self) -> nn.Module:
         """Finish: the plain module, without anything of ours in it."""
         if self._watch is not None and self.probe:
             self.events += self._look_back(last=True)
-        self._take_statistics()
+        self._watcher.rest()
         for handle in self._handles:
             handle.remove()
         self._record(
@@ -309,14 +308,7 @@ class Compressor:
         if self.total_steps > 0 and any(m.observes(self._step, self.total_steps) for m in self.methods):
             self._watcher.watch(self.graph)
         else:
-            self._take_statistics()
-
-    def _take_statistics(self) -> None:
-        try:
-            self._watcher.take()
-        except DataError as error:
-            self._record("refusal", {"method": "statistics", "step": self._step, "why": str(error)})
-            self.events.append(Event(self._step, "", "statistics", 0, 0, False, str(error)))
+            self._watcher.rest()
 
     # proposals ------------------------------------------------------------------------------------------------------
 
@@ -356,7 +348,7 @@ class Compressor:
                 continue
             events += self._try_all(method, proposals)
             if proposals:
-                self._watcher.statistics = {}
+                self._watcher.clear()
         return events
 
     def _fill_statistics(self, method: Method) -> None:
@@ -568,8 +560,6 @@ class Compressor:
 
         While an event is watched, what it replaced is part of it.
         """
-        self._take_statistics()
-        self._observe()
         maps: dict[str, bytes] = {}
 
         def put(data: bytes) -> str:
@@ -582,7 +572,7 @@ class Compressor:
             "step": self._step,
             "generator": self.generator.get_state(),
             "maps": {key: torch.frombuffer(bytearray(data), dtype=torch.uint8) for key, data in maps.items()},
-            "statistics": {f"{t}|{d}": moment.to_state() for (t, d), moment in self._watcher.statistics.items()},
+            "statistics": self._watcher.to_state(),
             "methods": [method.state_dict() for method in self.methods],
             "events": [vars(event) for event in self.events],
             "frozen": sorted(self.frozen),
@@ -600,10 +590,7 @@ class Compressor:
         self._hands.load(state, lambda key: state["maps"][key].numpy().tobytes())
         self._step = self._last_update = int(state["step"])
         self.generator.set_state(state["generator"])
-        self._watcher.statistics = {
-            (key.rpartition("|")[0], int(key.rpartition("|")[2])): SecondMoment.from_state(value)
-            for key, value in state["statistics"].items()
-        }
+        self._watcher.load_state(self.graph, state["statistics"])
         for method, value in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(value)
         self.events = [Event.from_state(event) for event in state["events"]]
@@ -611,7 +598,6 @@ class Compressor:
         if state["watch"] is not None:
             self._watch = _Watch(int(state["watch"][0]), tuple(state["watch"][1]), len(state["undo"]))
         self.network = rewrapped(self.network)
-        self._take_statistics()
         self._observe()
 
 

@@ -12,10 +12,10 @@ channels cannot express. A network that is over-wide for its task has both small
 
 from __future__ import annotations
 
-SCALE = 1.0
+SCALE = 2.0
 """A, in points of accuracy per point of error."""
 
-POWER = 1.0
+POWER = 0.75
 """B."""
 
 

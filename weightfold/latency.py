@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,6 +52,12 @@ class Latency:
 
     rows: tuple[StepTime, ...]
 
+    @classmethod
+    def recorded(cls, ratios: Mapping[str, float], total_macs: float) -> Latency:
+        """A table from an earlier run: time over the dense one's, by share of MACs."""
+        shares = {float(share): ratio for share, ratio in ratios.items()} | {1.0: 1.0}
+        return cls(tuple(StepTime({}, share * total_macs, shares[share]) for share in sorted(shares, reverse=True)))
+
     def ratio(self, macs: float) -> float:
         """A step's time over that of the network as it is, interpolated over MACs; never above 1."""
         dense = self.rows[0]
@@ -72,7 +78,7 @@ def measure(
     batch: Batch,
     loss: Loss,
     optimizers: Sequence[torch.optim.Optimizer] = (),
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     steps: int = 2,
 ) -> Latency:
     """Time training steps at planned widths.
@@ -115,7 +121,7 @@ def _time(
     batch: Batch,
     loss: Loss,
     optimizers: Sequence[torch.optim.Optimizer],
-    autocast: AbstractContextManager[Any] | None,
+    autocast: Callable[[], AbstractContextManager[Any]],
     steps: int,
 ) -> float:
     names = {id(p): name for name, p in model.named_parameters()}
@@ -127,7 +133,7 @@ def _time(
     for number in range(steps + 1):
         _wait(device)
         start = time.perf_counter()
-        with autocast or nullcontext():
+        with autocast():
             value = loss(twin(batch[0]), batch[1])
         value.backward()
         for optimizer in own:

@@ -16,8 +16,8 @@ differs in: residuals after compensation in place of whole channels, and the fir
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,10 +55,12 @@ class Trails:
     Args:
         by_reader: trails by reading axis.
         n_samples: samples behind them.
+        error_percent: share of the answers that is wrong now; None where the targets are not classes.
     """
 
     by_reader: Mapping[tuple[str, Key], Trail]
     n_samples: int
+    error_percent: float | None = None
 
     def residual(self, group: str, key: Key, keep: np.ndarray, drop: np.ndarray, map_SK: Any, left: Any) -> Tensor:
         """u_i of one reader, shape (S,), float64.
@@ -94,7 +96,13 @@ class _Open:
     calls: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
 
 
-def trails(model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss: Loss) -> Trails:
+def trails(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Sequence[Batch],
+    loss: Loss,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Trails:
     """Record what the readers of some groups read and the gradients there, on probe batches.
 
     The loss must be a mean over samples. Batch norms use the batch, and nothing of the model changes. Readers that are
@@ -112,16 +120,20 @@ def trails(model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[B
         (16, torch.Size([16, 8]))
     """
     parts: dict[tuple[str, Key], list[Trail]] = {}
+    errors: list[float | None] = []
     n_samples = n_numbers = 0
     for inputs, targets in batches:
-        found, size = _record(model, groups, inputs, targets, loss, n_samples)
+        found, size, wrong = _record(model, groups, inputs, targets, loss, n_samples, autocast)
         n_samples += size
+        errors.append(wrong)
         for key, trail in found.items():
             parts.setdefault(key, []).append(trail)
             n_numbers += 2 * trail.read_RC.numel()
         if n_numbers + n_numbers * size / n_samples > MAX_NUMBERS:
             break
-    return Trails({key: _joined(trails) for key, trails in parts.items()}, n_samples)
+    known = [error for error in errors if error is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(errors) else None
+    return Trails({key: _joined(trails) for key, trails in parts.items()}, n_samples, mean)
 
 
 def _joined(trails: list[Trail]) -> Trail:
@@ -133,17 +145,43 @@ def _joined(trails: list[Trail]) -> Trail:
 
 
 def _record(
-    model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any, targets: Any, loss: Loss, first: int
-) -> tuple[dict[tuple[str, Key], Trail], int]:
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    inputs: Any,
+    targets: Any,
+    loss: Loss,
+    first: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> tuple[dict[tuple[str, Key], Trail], int, float | None]:
     opened = {(g.name, a.key): _Open(a) for g in groups for a in g.role("read") if a.tap is not None}
     size = _size(targets, inputs)
     grads = {name: p.grad for name, p in model.named_parameters()}
     with probing(model), torch.enable_grad(), _recording(model, opened):
-        loss(model(inputs), targets).backward()
+        with autocast():
+            outputs = model(inputs)
+            value = loss(outputs, targets)
+        value.backward()
     for name, p in model.named_parameters():
         p.grad = grads[name]
     found = {key: trail for key, o in opened.items() if (trail := _trail(o, size, first)) is not None}
-    return found, size
+    return found, size, error_percent(outputs, targets)
+
+
+def error_percent(outputs: Any, targets: Any) -> float | None:
+    """Share of the answers that are wrong; None where the targets are not classes.
+
+    Args:
+        outputs: scores, classes in dimension 1 or last, or an object with ``logits``.
+    """
+    scores = getattr(outputs, "logits", outputs)
+    if not isinstance(scores, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    for dim in (1, -1):
+        answers = scores.detach().argmax(dim) if scores.ndim > 1 else scores
+        if scores.ndim > 1 and answers.shape == targets.shape:
+            counted = targets >= 0
+            return 100 * float((answers != targets)[counted].double().mean()) if bool(counted.any()) else None
+    return None
 
 
 def _size(targets: Any, inputs: Any) -> int:

@@ -21,9 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor, nn
 
 from weightfold.errors import DataError
@@ -61,12 +63,12 @@ class Reader:
     count: int
     mean_C: Floats | None = None
 
-    @property
+    @cached_property
     def energy(self) -> float:
         """tr(V C Vᵀ): mean square of the reader's output, summed over outputs."""
         return float((self.second_CC * self.gram_CC).sum())
 
-    @property
+    @cached_property
     def weight(self) -> float:
         """One over the energy; 0 for a reader without output."""
         energy = self.energy
@@ -84,10 +86,12 @@ class Reader:
 
     def error(self, keep: Floats, drop: Floats, map_SK: Floats) -> float:
         """tr(V_S E[(a_S - M a_K)(a_S - M a_K)ᵀ] V_Sᵀ) over the output energy."""
-        cross = map_SK @ self.second_CC[np.ix_(keep, drop)]
-        inner = map_SK @ self.second_CC[np.ix_(keep, keep)] @ map_SK.T
-        residual = self.second_CC[np.ix_(drop, drop)] - cross - cross.T + inner
-        return float((residual * self.gram_CC[np.ix_(drop, drop)]).sum()) * self.weight
+        gram_SS = self.gram_CC[np.ix_(drop, drop)]
+        weighted_SK = gram_SS @ map_SK
+        whole = (gram_SS * self.second_CC[np.ix_(drop, drop)]).sum()
+        cross = (weighted_SK * self.second_CC[np.ix_(drop, keep)]).sum()
+        inner = ((weighted_SK @ self.second_CC[np.ix_(keep, keep)]) * map_SK).sum()
+        return float(whole - 2 * cross + inner) * self.weight
 
     def shift(self, keep: Floats, drop: Floats, map_SK: Floats) -> Floats:
         """What the dropped channels leave for the bias: their mean less what the kept ones bring of it, shape (C,)."""
@@ -170,11 +174,17 @@ class Path:
         return np.flatnonzero(keep)
 
 
-def choose(readers: Sequence[Reader], block: Floats | None, ridge: float, least: int = 1) -> Path:
-    """Order a group's channels from the most dispensable on, until ``least`` are left (at least one of every block)."""
+def choose(
+    readers: Sequence[Reader], block: Floats | None, ridge: float, least: int = 1, exact: int = MAX_EXACT
+) -> Path:
+    """Order a group's channels from the most dispensable on, until ``least`` are left (at least one of every block).
+
+    Args:
+        exact: wider groups are ordered by pivoted Cholesky.
+    """
     n_channels = len(readers[0].second_CC)
     blocks = np.zeros(n_channels, np.int64) if block is None else block
-    if n_channels > MAX_EXACT:
+    if n_channels > exact:
         return cholesky_path(readers, blocks, ridge)
     return eliminate(readers, blocks, ridge, least)
 
@@ -256,10 +266,27 @@ def cholesky_path(readers: Sequence[Reader], block: Floats, ridge: float) -> Pat
     for reader in readers:
         norm = np.sqrt(np.maximum(np.diag(reader.gram_CC), 0))
         total += reader.weight * norm[:, None] * norm * (reader.second_CC + reader.ridge(ridge) * np.eye(len(norm)))
+    n_blocks = int(block.max()) + 1
+    pivots, cost = _pivots(total) if n_blocks == 1 else _pivots_by_block(total, block, n_blocks)
+    return Path(pivots[n_blocks:][::-1].copy(), cost[n_blocks:][::-1].copy())
+
+
+def _pivots(total: Floats) -> tuple[Floats, Floats]:
+    """The order of LAPACK's pivoted Cholesky, and what the pivots so far leave unexplained, from none to all."""
+    [pivoted_cholesky] = get_lapack_funcs(("pstrf",), (total,))
+    factor, order, rank, _ = pivoted_cholesky(total, lower=1)
+    pivots = np.concatenate([order[:rank], np.sort(order[rank:])]).astype(np.int64) - 1
+    explained = np.square(np.tril(factor)[:, :rank]).sum(0)
+    gains = np.concatenate([explained, np.zeros(len(total) - rank)])
+    return pivots, np.maximum(np.trace(total) - np.concatenate([[0.0], np.cumsum(gains)]), 0)
+
+
+def _pivots_by_block(total: Floats, block: Floats, n_blocks: int) -> tuple[Floats, Floats]:
+    """The same with one pivot of every block in turn."""
     n = len(block)
     factor, rest = np.zeros((n, n)), np.diag(total).copy()
     left, pivots, cost = np.ones(n, bool), [], [float(rest.sum())]
-    for number in [*range(int(block.max()) + 1), *_rounds(block)]:
+    for number in [*range(n_blocks), *_rounds(block)]:
         i = int(np.where(left & (block == number), _rounded(rest), -np.inf).argmax())
         k = len(pivots)
         column = total[:, i] - factor[:, :k] @ factor[i, :k]
@@ -268,5 +295,23 @@ def cholesky_path(readers: Sequence[Reader], block: Floats, ridge: float) -> Pat
         left[i], rest[i] = False, 0.0
         pivots.append(i)
         cost.append(float(rest.sum()))
-    n_blocks = int(block.max()) + 1
-    return Path(np.array(pivots[n_blocks:][::-1], np.int64), np.array(cost[n_blocks:][::-1]))
+    return np.array(pivots, np.int64), np.array(cost)
+
+
+def leading(second_CC: Floats, n_pivots: int) -> set[int]:
+    """The channels that pivoted Cholesky would keep first: a signature of what a group holds, O(C k²).
+
+    Example:
+        >>> sorted(leading(np.diag([1.0, 5.0, 3.0]), 2))
+        [1, 2]
+    """
+    rest = np.diag(second_CC).copy()
+    factor = np.zeros((len(rest), n_pivots))
+    pivots: list[int] = []
+    for k in range(min(n_pivots, len(rest))):
+        i = int(_rounded(rest / max(float(rest.max()), 1e-300)).argmax())
+        factor[:, k] = (second_CC[:, i] - factor[:, :k] @ factor[i, :k]) / np.sqrt(max(rest[i], 1e-300))
+        rest = np.maximum(rest - factor[:, k] ** 2, 0)
+        rest[i] = 0.0
+        pivots.append(i)
+    return set(pivots)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightfold.errors import DataError
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.observe import Key, Observer, SecondMoment
 
@@ -22,11 +23,12 @@ Statistics = dict[Key, SecondMoment]
 class Watcher:
     """Hooks that stand only while a method wants statistics.
 
+    Only forward passes in training mode count.
+
     Args:
         model: the user's module.
 
     Attributes:
-        statistics: second moments since they were last cleared.
         batch_size: samples in the latest watched batch; 0 before any.
         autocast: the mixed precision that the user's loop works in.
         seconds: spent on statistics so far.
@@ -34,17 +36,13 @@ class Watcher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.statistics: Statistics = {}
         self.batch_size = 0
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.seconds = 0.0
         self._observer: Observer | None = None
+        self._statistics: Statistics | None = {}
         self._root: Any = None
         self._ticks: deque[float] = deque(maxlen=21)
-
-    @property
-    def active(self) -> bool:
-        return self._observer is not None
 
     def tick(self) -> None:
         """Note that a training step has ended."""
@@ -62,29 +60,64 @@ class Watcher:
 
     def watch(self, graph: ChannelGraph) -> None:
         """Put hooks on for the next forward passes."""
-        if self._observer is None:
-            self._observer = Observer(self.model, graph)
+        if self._root is None:
+            self._observer = self._observer or Observer(self.model, graph)
             self._observer.__enter__()
             self._root = self.model.register_forward_pre_hook(self._look_at_call)
+            self._statistics = None
 
-    def take(self) -> None:
-        """Take the hooks off, and what they saw in.
+    def rest(self) -> None:
+        """Take the hooks off; what they have seen stays."""
+        if self._root is not None and self._observer is not None:
+            self._observer.__exit__(None, None, None)
+            self._root.remove()
+            self._root = None
+
+    def clear(self) -> None:
+        """Forget what was seen: the network has changed."""
+        self.rest()
+        self.seconds += 0.0 if self._observer is None else self._observer.seconds
+        self._observer, self._statistics = None, {}
+
+    @property
+    def statistics(self) -> Statistics:
+        """Second moments since they were last cleared.
 
         Raises:
-            DataError: an input was not finite; the statistics are as they were before.
+            DataError: an input was not finite; what was seen is forgotten.
         """
-        observer, self._observer = self._observer, None
-        if observer is None:
-            return
-        observer.__exit__(None, None, None)
-        self._root.remove()
-        start = time.perf_counter()
-        try:
-            for key, moment in observer.statistics().items():
-                old = self.statistics.get(key)
-                self.statistics[key] = moment if old is None else old.merge(moment)
-        finally:
-            self.seconds += observer.seconds + time.perf_counter() - start
+        if self._statistics is None:
+            assert self._observer is not None
+            start = time.perf_counter()
+            try:
+                self._statistics = self._observer.statistics()
+            except DataError:
+                self.clear()
+                raise
+            finally:
+                self.seconds += time.perf_counter() - start
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, value: Statistics) -> None:
+        self.clear()
+        self._statistics = value
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent on statistics, those of the present hooks included."""
+        return self.seconds + (0.0 if self._observer is None else self._observer.seconds)
+
+    def to_state(self) -> dict[str, Any]:
+        """The running sums, for a checkpoint."""
+        return {} if self._observer is None else self._observer.to_state()
+
+    def load_state(self, graph: ChannelGraph, state: dict[str, Any]) -> None:
+        """Go on from what `to_state` gave."""
+        self.clear()
+        if state:
+            self._observer, self._statistics = Observer(self.model, graph), None
+            self._observer.load_state(state)
 
     def observed(self, graph: ChannelGraph, batches: Iterable[Any]) -> Statistics:
         """Statistics of whole batches in eval mode, apart from those of the run."""
@@ -99,7 +132,9 @@ class Watcher:
         self.seconds += time.perf_counter() - start
         return observer.statistics()
 
-    def _look_at_call(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _look_at_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._observer is not None:
+            self._observer.enabled = module.training
         first = next((a for a in args if isinstance(a, Tensor)), None)
         if first is None:
             return

@@ -24,11 +24,13 @@ class Grid:
         align: widths are multiples of it where the group is that wide, for hardware that likes them; 0 or 1: any.
         min_channels: no group gets narrower.
         floor: no group keeps a smaller share.
+        vector: in place of ``align`` the largest power of two up to this that is at most an eighth of the group.
     """
 
     align: int = 0
     min_channels: int = 1
     floor: float = 0.0
+    vector: int = 0
 
     def widths(self, group: ChannelGroup) -> list[int]:
         """All allowed widths, from the present one down.
@@ -39,10 +41,13 @@ class Grid:
             [36, 32, 24, 16]
         """
         blocks = 1 if group.block is None else int(group.block.max()) + 1
-        unit = math.lcm(blocks, max(self.align, 1))
+        unit = math.lcm(blocks, max(self.align, 1, self._vector(group.n_channels)))
         least = max(unit, min(self.min_channels, group.n_channels), math.ceil(self.floor * group.n_channels - 1e-9))
         below = range((group.n_channels - 1) // unit * unit, least - 1, -unit)
         return [group.n_channels, *below]
+
+    def _vector(self, n_channels: int) -> int:
+        return min(self.vector, 1 << max(n_channels // 8, 1).bit_length() - 1)
 
     def nearest(self, group: ChannelGroup, width: float) -> int:
         """The allowed width nearest to a wished one; of two equally near, the wider."""

@@ -24,6 +24,9 @@ from weightfold.graph.layout import to_front
 Key = tuple[str, int]
 """(tensor, dimension) of a reading axis."""
 
+FLUSH = 1024
+"""Samples that are multiplied at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
@@ -49,7 +52,9 @@ class SecondMoment:
     @classmethod
     def of_samples(cls, samples_NC: Tensor) -> SecondMoment:
         """Measure samples, shape (N, C)."""
-        return _Sum(samples_NC).moment(torch.arange(samples_NC.shape[1]))
+        total = _Sum(samples_NC.mean(0))
+        total.add_(samples_NC)
+        return total.moment(torch.arange(samples_NC.shape[1]))
 
     @property
     def n_channels(self) -> int:
@@ -71,6 +76,13 @@ class SecondMoment:
         share = other.count / max(n, 1)
         mean_C = torch.lerp(self.mean_C, other.mean_C, share)
         return SecondMoment(n, mean_C, torch.lerp(self.second_CC, other.second_CC, share), self.place_C)
+
+    def without(self, earlier: SecondMoment) -> SecondMoment:
+        """What came after an earlier state of the same sums."""
+        n = self.count - earlier.count
+        share = earlier.count / max(n, 1)
+        mean_C = self.mean_C + share * (self.mean_C - earlier.mean_C)
+        return SecondMoment(n, mean_C, self.second_CC + share * (self.second_CC - earlier.second_CC), self.place_C)
 
     def of(self, axis: Axis) -> SecondMoment:
         """The channels of one group, in the group's order; a channel that this axis does not hold is zero.
@@ -107,34 +119,64 @@ class SecondMoment:
 
 
 class _Sum:
-    """Running sums about a point near the mean: products in the samples' type, sums in float64, in place.
+    """Running sums about a point near the mean: products in the samples' type, sums in float64.
 
     With c the mean of the first samples, S = Σ (a - c)(a - c)ᵀ and r = Σ (a - c) / n,
 
         E[a] = c + r,    E[a aᵀ] = S / n + c rᵀ + r cᵀ + c cᵀ.
+
+    Samples wait until there are `FLUSH` of them, so that a wide product is taken once.
     """
 
-    def __init__(self, samples_NC: Tensor) -> None:
-        wide = torch.float32 if samples_NC.device.type == "mps" else torch.float64
-        self.near_C = samples_NC.mean(0)
+    def __init__(self, near_C: Tensor) -> None:
+        wide = torch.float32 if near_C.device.type == "mps" else torch.float64
+        self.near_C = near_C
         self.count = 0
-        self.sum_C = torch.zeros_like(self.near_C, dtype=wide)
-        self.sum_CC = torch.zeros(len(self.near_C), len(self.near_C), dtype=wide, device=samples_NC.device)
-        self.add_(samples_NC)
+        self.sum_C = torch.zeros_like(near_C, dtype=wide)
+        self.sum_CC = torch.zeros(len(near_C), len(near_C), dtype=wide, device=near_C.device)
+        self.waiting: list[Tensor] = []
 
     def add_(self, samples_NC: Tensor) -> None:
-        near_NC = samples_NC - self.near_C
+        self.waiting.append(samples_NC - self.near_C)
+        if sum(map(len, self.waiting)) >= FLUSH:
+            self._flush_()
+
+    def _flush_(self) -> None:
+        near_NC = torch.cat(self.waiting)
+        self.waiting = []
         self.count += len(near_NC)
         self.sum_C += near_NC.sum(0)
         self.sum_CC += near_NC.T @ near_NC
 
+    def to_state(self) -> dict[str, Tensor]:
+        """All there is, so that the sums go on as if nothing had been between."""
+        return {
+            "near_C": self.near_C,
+            "count": torch.tensor(self.count),
+            "sum_C": self.sum_C.clone(),
+            "sum_CC": self.sum_CC.clone(),
+            "waiting_NC": torch.cat(self.waiting) if self.waiting else self.near_C.new_zeros(0, len(self.near_C)),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        total = cls(state["near_C"])
+        total.count = int(state["count"])
+        total.sum_C, total.sum_CC = state["sum_C"].clone(), state["sum_CC"].clone()
+        total.waiting = [state["waiting_NC"]] if len(state["waiting_NC"]) else []
+        return total
+
     def moment(self, place_C: Tensor) -> SecondMoment:
-        """The moments so far, on the CPU."""
+        """The moments so far, on the CPU; what waits goes on waiting."""
+        count, sum_C, sum_CC = self.count, self.sum_C, self.sum_CC
+        if self.waiting:
+            near_NC = torch.cat(self.waiting)
+            count, sum_C, sum_CC = count + len(near_NC), sum_C + near_NC.sum(0), sum_CC + near_NC.T @ near_NC
         near_C = self.near_C.double().cpu()
-        rest_C = self.sum_C.double().cpu() / self.count
+        rest_C = sum_C.double().cpu() / count
         mean_C = near_C + rest_C
-        second_CC = self.sum_CC.double().cpu() / self.count + torch.outer(mean_C, mean_C) - torch.outer(rest_C, rest_C)
-        return SecondMoment(self.count, mean_C, second_CC, place_C)
+        second_CC = sum_CC.double().cpu() / count + torch.outer(mean_C, mean_C) - torch.outer(rest_C, rest_C)
+        return SecondMoment(count, mean_C, second_CC, place_C)
 
 
 def axis_rows(model: nn.Module, axis: Axis) -> list[Tensor]:
@@ -246,6 +288,7 @@ class Observer:
 
     Attributes:
         seconds: spent in the hooks so far.
+        enabled: whether the hooks count what passes.
 
     Example:
         >>> import weightfold as wf
@@ -272,6 +315,7 @@ class Observer:
         self._sums: dict[Key, _Sum] = {}
         self._handles: list[Any] = []
         self.seconds = 0.0
+        self.enabled = True
 
     def __enter__(self) -> Self:
         for tap in self._taps:
@@ -292,10 +336,20 @@ class Observer:
         """
         return {tap.key: _finite(self._sums[tap.key], tap) for tap in self._taps if tap.key in self._sums}
 
+    def to_state(self) -> dict[str, dict[str, Tensor]]:
+        """The running sums, exactly as they are, for a checkpoint."""
+        return {f"{tensor}|{dim}": total.to_state() for (tensor, dim), total in self._sums.items()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from what `to_state` gave."""
+        for name, value in state.items():
+            tensor, _, dim = name.rpartition("|")
+            self._sums[tensor, int(dim)] = _Sum.from_state(value)
+
     def _hook(self, tap: _Tap) -> Any:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if x is not None and x.numel():
+            if self.enabled and x is not None and x.numel():
                 self._add(tap, x.detach())
 
         return observe
@@ -305,10 +359,9 @@ class Observer:
         start = time.perf_counter()
         with torch.autocast(x.device.type, enabled=False):
             samples_NC = tap.samples(x, self.limit)
-            if tap.key in self._sums:
-                self._sums[tap.key].add_(samples_NC)
-            else:
-                self._sums[tap.key] = _Sum(samples_NC)
+            if tap.key not in self._sums:
+                self._sums[tap.key] = _Sum(samples_NC.mean(0))
+            self._sums[tap.key].add_(samples_NC)
         self.seconds += time.perf_counter() - start
 
 

@@ -4,147 +4,108 @@ The equations stand in `weightfold.redundancy`. Kept channels keep their own nor
 map; what a linear reader loses of the mean goes into its bias. Hidden units, convolution channels, residual streams and
 groups with blocks fold alike.
 
-Cost: O(C³) a group, once; second moments of a few batches.
-Reference: Chee et al., NeurIPS 2022 (interpolative decomposition); differs in: one choice for several readers.
+With one dial, `max_accuracy_loss` or `time_goal`, the method finds the rest by itself. It looks at the network from
+`earliest` on and folds as soon as the set that it would keep has settled, at the latest at `latest` or at the last step
+at which the time goal can still be met. Then it prices candidate widths on single samples (`weightfold.price`), times
+training steps at them (`weightfold.latency`), forecasts what each will cost the finished network
+(`weightfold.forecast`), and takes the one that the dial asks for, or none, and says why.
+
+Cost: O(C³) a group, once; second moments of a few batches; one forward and backward pass of some hundred samples.
+Reference: Chee et al., NeurIPS 2022 (interpolative decomposition); differs in: one choice for several readers. The
+trigger follows Shen et al., CVPR 2022, arXiv 2110.12007 (prune when the kept structure is stable).
 """
 
 from __future__ import annotations
 
 import fnmatch
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
 
 from weightfold.config import Config, nearest
 from weightfold.errors import ConfigError, DataError
-from weightfold.graph.edit import Edit, fold
+from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
-from weightfold.graph.observe import gather
-from weightfold.methods.base import Method, Moment, Proposal
-from weightfold.redundancy import MAX_EXACT, Floats, Path, Reader, choose, readers_of
+from weightfold.graph.observe import SecondMoment, axis_rows, gather
+from weightfold.latency import Latency, measure
+from weightfold.methods.base import Key, Method, Moment, Proposal
+from weightfold.plan import REPAY, SHARES, Candidate, Decision, candidate, candidates, for_time, knapsack, within_loss
+from weightfold.price import Trails, trails
+from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform
 
 STRONG = 0.05
 """Ridge from which a quarter as many samples as channels will do."""
 
+EXACT_IN_TRAINING = 256
+"""Widest group whose channels are chosen by exact elimination in mid-training."""
+
+STABLE = 0.9
+"""Jaccard index of the kept sets of two looks from which they count as the same."""
+
+SIGNATURE = 64
+"""Channels of each group that a look compares."""
+
+N_PRICED = 256
+"""Samples on which candidates are priced, at least."""
+
 
 class FoldConfig(Config):
-    """Settings of `fold`."""
+    """Settings of `fold`: one dial, or widths and step given outright."""
 
+    max_accuracy_loss: float | None = Field(default=None, ge=0)
+    """dial: points of accuracy that folding may cost the finished network"""
+    time_goal: float | None = Field(default=None, gt=0, lt=1)
+    """dial: share of the dense run's training time to save"""
     keep: float = Field(default=0.7, gt=0, le=1)
-    """share of channels that every group keeps"""
+    """without a dial: share of channels that every group keeps"""
     macs: float | None = Field(default=None, gt=0, le=1)
     """share of multiply-accumulates to keep, in place of `keep`: widths are then chosen by cost"""
     widths: dict[str, int] | None = None
     """channels that each group keeps, by name, in place of `keep` and `macs`: the same widths as another plan"""
     at: float = Field(default=0.1, ge=0, lt=1)
-    """when to fold, as a share of the run's steps; a one-shot folds at once"""
+    """without a dial: when to fold, as a share of the run's steps; a one-shot folds at once"""
+    earliest: float = Field(default=0.03, ge=0, lt=1)
+    """with a dial: first look, as a share of the run's steps"""
+    latest: float = Field(default=0.1, gt=0, lt=1)
+    """with a dial: when to fold if the kept set has not settled, as a share of the run's steps"""
     ridge: float | None = Field(default=None, ge=0)
     """λ over the mean of C's diagonal; by default 0.1 in mid-training, 0.001 in a one-shot"""
     stats_batches: int = Field(default=16, ge=1)
     """batches before the event during which statistics are taken"""
-    align: int = Field(default=0, ge=0)
-    """widths are multiples of this; 0 for any"""
+    choice: Literal["redundancy", "magnitude", "random"] = "redundancy"
+    """whom to keep; the last two are controls, compensated alike"""
+    allocation: Literal["uniform", "knapsack"] = "uniform"
+    """with a dial: the same share of every group, or fewest multiply-accumulates for the same lost energy"""
+    align: int | None = Field(default=None, ge=0)
+    """widths are multiples of this; 0 for any; by default as the hardware likes with a dial, else any"""
     groups: str | None = None
     """pattern of the names of groups to fold, such as "layer?.*.conv1"; all by default"""
     min_channels: int = Field(default=1, ge=1)
     """channels that every group keeps at least"""
     floor: float = Field(default=0.1, ge=0, le=1)
     """share of channels that every group keeps at least when `macs` is given"""
+    latency: dict[str, float] | None = None
+    """a training step's time over the dense one's by share of MACs ("0.25"), as recorded; measured by default"""
 
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> FoldConfig:
+        given = [n for n in ("max_accuracy_loss", "time_goal", "macs", "widths") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"FoldConfig takes one of '{given[0]}' and '{given[1]}'.", remedy="Leave one out.")
+        if self.earliest > self.latest:
+            raise ConfigError("FoldConfig has 'earliest' after 'latest'.", remedy="Lower 'earliest'.")
+        return self
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One group about to be folded."""
-
-    group: ChannelGroup
-    readers: Sequence[Reader]
-    path: Path
-    norms: Floats
-    random: Floats
-    ridge: float
-    grid: Grid
-
-    def cost(self, width: int) -> float:
-        return float(self.path.cost[self.group.n_channels - width])
-
-    def price(self, keep: Floats) -> float:
-        """Relative error of the readers' outputs for any kept set, compensated; the mean over readers."""
-        drop = np.setdiff1d(np.arange(self.group.n_channels), keep)
-        return float(np.mean([r.error(keep, drop, r.map(keep, drop, self.ridge)) for r in self.readers]))
-
-    def proposal(self, width: int) -> Proposal | None:
-        """The fold to a width, or None where that would change nothing."""
-        n = self.group.n_channels
-        if width >= n:
-            return None
-        keep = self.path.kept(n, width)
-        predicted = self.price(keep)
-        halfway = self.grid.nearest(self.group, (n + width + 1) // 2)
-        less = partial(self.proposal, halfway if halfway > width else n)
-        return Proposal(self.edit(keep), self.why(keep, predicted), predicted, less)
-
-    def edit(self, keep: Floats) -> Edit:
-        drop = np.setdiff1d(np.arange(self.group.n_channels), keep)
-        maps = {r.key: r.map(keep, drop, self.ridge) for r in self.readers}
-        shift = {r.key: r.shift(keep, drop, maps[r.key]) for r in self.readers if r.mean_C is not None}
-        return fold(
-            self.group,
-            torch.from_numpy(keep),
-            {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in maps.items()},
-            {key: torch.from_numpy(value) for key, value in shift.items()},
-        )
-
-    def why(self, keep: Floats, predicted: float) -> dict[str, Any]:
-        n = self.group.n_channels
-        dropped = self.path.order[: n - len(keep)]
-        costs = np.diff(self.path.cost)[: len(dropped)]
-        return {
-            "metric": "error of the readers' outputs after compensation",
-            "unit": "share of the readers' output energy",
-            "value": predicted,
-            "choice": "elimination" if n <= MAX_EXACT else "pivoted Cholesky",
-            "ridge": self.ridge,
-            "readers": {r.key[0]: r.count for r in self.readers},
-            "dropped": [
-                {"channel": int(i), "cost": float(c), **self.partner(int(i), keep)}
-                for i, c in zip(dropped, costs, strict=True)
-            ],
-            "rejected": [
-                self.rejected("magnitude", self.norms, len(keep), predicted),
-                self.rejected("random", self.random, len(keep), predicted),
-            ],
-        }
-
-    def partner(self, i: int, keep: Floats) -> dict[str, Any]:
-        """The kept channel that is most like a dropped one, where it is read most strongly."""
-        second = max(self.readers, key=lambda r: r.gram_CC[i, i] * r.second_CC[i, i] * r.weight).second_CC
-        scale = np.sqrt(np.maximum(np.diag(second)[keep] * second[i, i], 1e-300))
-        correlation = np.round(second[i, keep] / scale, 13)
-        j = int(np.abs(correlation).argmax())
-        coefficient = second[i, keep[j]] / max(float(second[keep[j], keep[j]]), 1e-300)
-        return {"partner": int(keep[j]), "correlation": float(correlation[j]), "coefficient": float(coefficient)}
-
-    def rejected(self, choice: str, score: Floats, width: int, chosen: float) -> dict[str, Any]:
-        """What keeping the channels of the highest scores instead would cost, compensated alike."""
-        value = self.price(_top(score, self.group.block, width))
-        reason = "larger predicted error" if value > chosen else "no larger predicted error; the choice is greedy"
-        return {"choice": choice, "value": value, "reason": reason}
-
-
-def _top(score: Floats, block: Tensor | None, width: int) -> Floats:
-    """The channels of the highest scores, equally many of every block, ascending; the first of equal ones."""
-    blocks = np.zeros(len(score), np.int64) if block is None else block.numpy()
-    n_blocks = int(blocks.max()) + 1
-    best = [np.flatnonzero(blocks == b)[np.argsort(-score[blocks == b], kind="stable")] for b in range(n_blocks)]
-    return np.sort(np.concatenate([mine[: width // n_blocks] for mine in best]))
+    @property
+    def dialled(self) -> bool:
+        """Whether a dial decides."""
+        return self.max_accuracy_loss is not None or self.time_goal is not None
 
 
 def eligible(graph: ChannelGraph, pattern: str | None) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -172,7 +133,7 @@ def _refusal(group: ChannelGroup) -> str | None:
 
 
 class Fold(Method):
-    """Folds the network once: after a share of the run's steps, or at once on a trained network.
+    """Folds the network once: when the time has come in training, or at once on a trained network.
 
     Example:
         >>> import weightfold as wf
@@ -193,82 +154,294 @@ class Fold(Method):
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         super().__init__(config, **settings)
         self._done = False
+        self._signature: dict[str, list[int]] = {}
+        self._settled = 0
+        self._seen: list[dict[Key, SecondMoment]] = []
+        self._latency: Latency | None = None
+        self.decision: Decision | None = None
+
+    # when -----------------------------------------------------------------------------------------------------------
 
     def event(self, total_steps: int) -> int:
-        """The step at which the network is folded."""
-        return max(1, round(self.config.at * total_steps)) if total_steps else 0
+        """The step at which the network is folded, at the latest."""
+        if not total_steps:
+            return 0
+        if not self.config.dialled:
+            return max(1, round(self.config.at * total_steps))
+        latest = self.config.latest
+        if self.config.time_goal is not None:
+            latest = min(latest, (1 - self.config.time_goal) / 2)
+        return max(1, round(latest * total_steps))
+
+    def looks(self, total_steps: int) -> list[int]:
+        """The steps at which it looks, the event's last possible step being the last."""
+        last = self.event(total_steps)
+        first = max(1, min(last, round(self.config.earliest * total_steps))) if self.config.dialled else last
+        gap = max(self.config.stats_batches // 2, round(0.02 * total_steps), 1)
+        return sorted({*range(last, first - 1, -gap)})
+
+    def acts(self, step: int, total_steps: int) -> bool:
+        """At its looks, until it has decided."""
+        return not total_steps or (not self._done and step in self.looks(total_steps))
+
+    def observes(self, step: int, total_steps: int) -> bool:
+        """Before each look; always in a one-shot."""
+        if not total_steps:
+            return True
+        looks = self.looks(total_steps)
+        each = self.config.stats_batches if len(looks) == 1 else max(1, self.config.stats_batches // 2)
+        return not self._done and any(look - each <= step < look for look in looks)
+
+    def watch(self, total_steps: int) -> int:
+        """A tenth of the run, at most 200 steps, where a dial has decided."""
+        return max(1, min(200, total_steps // 10)) if self.config.dialled and total_steps else 0
 
     def prepare(self, moment: Moment) -> None:
-        """Check that some group can be folded and that a MACs target can be met.
+        """Check that some group can be folded, and that the dial can be read.
 
         Raises:
-            ConfigError: nothing can be folded (with the reasons), or the target is out of reach.
+            ConfigError: nothing can be folded (with the reasons), or a dial without what it needs.
         """
         groups, refused = eligible(moment.graph, self.config.groups)
         if not groups:
             reasons = "; ".join(f"'{name}': {why}" for name, why in list(refused.items())[:4])
             raise ConfigError(f"No group of this network can be folded: {reasons or 'it has none'}.")
-
-    def observes(self, step: int, total_steps: int) -> bool:
-        """During the last `stats_batches` steps before the event; always in a one-shot."""
-        event = self.event(total_steps)
-        return total_steps == 0 or (not self._done and event - self.config.stats_batches <= step < event)
+        if self.config.dialled and (not moment.probe or moment.loss is None):
+            dial = "max_accuracy_loss" if self.config.max_accuracy_loss is not None else "time_goal"
+            raise ConfigError(
+                f"The dial '{dial}' needs a probe to measure by.",
+                remedy="Pass loss= and probe= to the Compressor, or give 'keep' and 'at'.",
+            )
 
     def step(self, moment: Moment) -> list[Proposal]:
         """Propose one fold per group when the time has come."""
-        if moment.total_steps and (self._done or moment.step < self.event(moment.total_steps)):
+        if moment.total_steps and not self._due(moment):
             return []
         self._done = True
-        jobs = self._jobs(moment)
-        widths = self._widths(moment, jobs)
-        proposals = [job.proposal(widths[job.group.name]) for job in jobs]
-        return [proposal for proposal in proposals if proposal is not None]
+        if self.config.dialled and moment.total_steps:
+            return self._by_dial(moment)
+        jobs = self._jobs(moment, dict(moment.statistics))
+        return self._proposals(jobs, self._widths(moment, jobs))
+
+    def _due(self, moment: Moment) -> bool:
+        if self._done or moment.step not in self.looks(moment.total_steps):
+            return not self._done and moment.step > self.event(moment.total_steps)
+        if moment.step == self.event(moment.total_steps):
+            return True
+        self._look(moment)
+        return self._settled >= 2
+
+    def _look(self, moment: Moment) -> None:
+        """Compare whom the network would keep now with the look before."""
+        latest = self._since(moment, 1)
+        found: dict[str, list[int]] = {}
+        for group in self._groups(moment):
+            axis = group.role("read")[0]
+            if axis.key in latest:
+                norm = torch.stack([rows.norm(dim=1) for rows in axis_rows(moment.model, axis)]).sum(0)
+                second = latest[axis.key].of(axis).second() * torch.outer(norm, norm)
+                found[group.name] = sorted(leading(second.numpy(), min(SIGNATURE, group.n_channels // 2)))
+        both = [(set(found[name]), set(self._signature.get(name, ()))) for name in found]
+        union = sum(len(a | b) for a, b in both)
+        self._settled = self._settled + 1 if union and sum(len(a & b) for a, b in both) / union >= STABLE else 0
+        self._signature = found
+        self._seen = [*self._seen, dict(moment.statistics)][-2:]
+
+    def _since(self, moment: Moment, n_looks: int) -> dict[Key, SecondMoment]:
+        """Statistics without those from before the latest looks."""
+        if len(self._seen) < n_looks:
+            return dict(moment.statistics)
+        earlier = self._seen[-n_looks]
+        return {
+            key: value.without(earlier[key]) if key in earlier and value.count > earlier[key].count else value
+            for key, value in moment.statistics.items()
+        }
+
+    # how far --------------------------------------------------------------------------------------------------------
+
+    def _by_dial(self, moment: Moment) -> list[Proposal]:
+        """Price candidates, choose by the dial, and refuse what does not pay."""
+        started = time.perf_counter()
+        assert moment.loss is not None
+        jobs = self._jobs(moment, self._since(moment, 2))
+        groups = [job.group for job in jobs]
+        found_trails = trails(moment.model, groups, _enough(moment), moment.loss, moment.autocast)
+        if self.config.max_accuracy_loss is not None and found_trails.error_percent is None:
+            raise ConfigError(
+                "The dial 'max_accuracy_loss' needs class numbers as targets and scores as outputs.",
+                remedy="Use the dial 'time_goal', or give 'keep' and 'at'.",
+            )
+        macs = MacModel.of(moment.model, moment.graph, moment.example)
+        found = candidates(jobs, found_trails, macs, self._grid(moment))
+        decision = self._decide(moment, jobs, found, macs, found_trails)
+        decision = self._repaid(moment, decision, macs, time.perf_counter() - started)
+        self.decision = decision
+        self._tell(moment, found, decision, found_trails, time.perf_counter() - started)
+        return [] if decision.chosen is None else self._proposals(jobs, decision.chosen.widths)
+
+    def _decide(
+        self, moment: Moment, jobs: Sequence[Job], found: Sequence[Candidate], macs: MacModel, by: Trails
+    ) -> Decision:
+        if self.config.time_goal is not None:
+            table = self._timed(moment, macs, [found[-1], found[len(found) // 2]] if found else [])
+            done = moment.step / moment.total_steps
+            decision = for_time(found, table, macs.total, done, self.config.time_goal)
+        else:
+            decision = within_loss(found, self.config.max_accuracy_loss)
+        if decision.chosen is not None and self.config.allocation == "knapsack":
+            widths = knapsack(jobs, macs, decision.chosen, self._grid(moment))
+            decision = Decision(candidate(jobs, by, macs, widths), decision.reason, decision.reached)
+        return decision
+
+    def _repaid(self, moment: Moment, decision: Decision, macs: MacModel, spent: float) -> Decision:
+        """Refuse an event that saves less than three times its cost."""
+        chosen = decision.chosen
+        if chosen is None:
+            return decision
+        table = self._timed(moment, macs, [chosen])
+        ratio = table.ratio(chosen.macs * macs.total)
+        each = moment.seconds_per_step or table.rows[0].seconds
+        saved = each * (1 - ratio) * (moment.total_steps - moment.step)
+        cost = 2 * spent
+        if saved < REPAY * cost:
+            reason = "the steps that are left would not repay the event: it would save less than three times its cost"
+            return Decision(None, reason, reached=False, ratio=round(ratio, 2))
+        return Decision(chosen, decision.reason, decision.reached, round(ratio, 2))
+
+    def _timed(self, moment: Moment, macs: MacModel, plans: Sequence[Candidate]) -> Latency:
+        """Times of training steps: as recorded, or measured at these candidates and at the network as it is."""
+        if self.config.latency is not None:
+            return Latency.recorded(self.config.latency, macs.total)
+        assert moment.loss is not None
+        known = [] if self._latency is None else list(self._latency.rows)
+        have = {round(row.macs) for row in known}
+        wanted = [({}, float(macs.total))] if not known else []
+        wanted += [(dict(c.widths), c.macs * macs.total) for c in plans if round(c.macs * macs.total) not in have]
+        rows = measure(
+            moment.model, moment.graph, wanted, moment.probe[0], moment.loss, moment.optimizers, moment.autocast
+        ).rows
+        self._latency = Latency((*known, *rows))
+        return self._latency
+
+    def _tell(self, moment: Moment, found: Sequence[Candidate], decision: Decision, by: Trails, seconds: float) -> None:
+        """Record what was weighed; times stay aside, for they differ from run to run."""
+        chosen = decision.chosen
+        body = {
+            "method": self.name,
+            "step": moment.step,
+            "trigger": "the kept set has settled" if self._settled >= 2 else "the latest step",
+            "error_percent": by.error_percent,
+            "priced_samples": by.n_samples,
+            "candidates": [c.to_record() for c in found],
+            "chosen": None if chosen is None else chosen.to_record(),
+            "reached": decision.reached,
+            "why": decision.reason if self.config.time_goal is None else "as the measured times allow",
+        }
+        rows = () if self._latency is None else self._latency.rows
+        times = [{"widths": dict(r.widths), "macs": r.macs, "seconds": r.seconds} for r in rows]
+        aside = {
+            "why": decision.reason,
+            "step_times": times,
+            "ratio": decision.ratio,
+            "seconds": seconds,
+            "seconds_per_step": moment.seconds_per_step,
+        }
+        moment.record("plan" if chosen is not None else "refusal", body, aside)
+
+    # which ----------------------------------------------------------------------------------------------------------
+
+    def _proposals(self, jobs: Sequence[Job], widths: Mapping[str, int]) -> list[Proposal]:
+        found = [self._proposal(job, widths[job.group.name]) for job in jobs]
+        return [proposal for proposal in found if proposal is not None]
+
+    def _proposal(self, job: Job, width: int) -> Proposal | None:
+        """The fold to a width, or None where that would change nothing."""
+        n = job.group.n_channels
+        if width >= n:
+            return None
+        keep = job.kept(width)
+        predicted = job.lost_energy(keep)
+        halfway = Grid(self.config.align or 0).nearest(job.group, (n + width + 1) // 2)
+        less = partial(self._proposal, job, halfway if halfway > width else n)
+        edit = job.edit(keep)
+        return Proposal(edit, job.why(keep, predicted), predicted, less)
 
     def _ridge(self, moment: Moment) -> float:
         if self.config.ridge is not None:
             return self.config.ridge
         return 0.1 if moment.total_steps else 1e-3
 
-    def _jobs(self, moment: Moment) -> list[_Job]:
+    def _groups(self, moment: Moment) -> list[ChannelGroup]:
         groups, _ = eligible(moment.graph, self.config.groups)
-        seen = [g for g in groups if all(axis.key in moment.statistics for axis in g.role("read"))]
+        return [g for g in groups if g.name not in moment.frozen]
+
+    def _jobs(self, moment: Moment, statistics: Mapping[Key, SecondMoment]) -> list[Job]:
+        groups = self._groups(moment)
+        seen = [g for g in groups if all(axis.key in statistics for axis in g.role("read"))]
         if groups and not seen:
             raise DataError(
                 "No group has statistics to fold by.", remedy="Run some batches under an Observer of the same graph."
             )
-        return [self._job(moment, group) for group in seen]
+        return [self._job(moment, group, statistics) for group in seen]
 
-    def _job(self, moment: Moment, group: ChannelGroup) -> _Job:
+    def _job(self, moment: Moment, group: ChannelGroup, statistics: Mapping[Key, SecondMoment]) -> Job:
         ridge = self._ridge(moment)
-        readers = readers_of(moment.model, group, moment.statistics, 1.0 if ridge < STRONG else 0.25)
-        path = choose(readers, None if group.block is None else group.block.numpy(), ridge, self._least(group))
+        readers = readers_of(moment.model, group, statistics, 1.0 if ridge < STRONG else 0.25)
+        exact = EXACT_IN_TRAINING if moment.total_steps else MAX_EXACT
+        block = None if group.block is None else group.block.numpy()
+        path = choose(readers, block, ridge, self._least(group, moment), exact)
         norms = gather(moment.model, group).norm(dim=1).numpy()
         random = torch.rand(group.n_channels, generator=moment.generator).numpy()
-        return _Job(group, readers, path, norms, random, ridge, self._grid())
+        return Job(group, readers, path, norms, random, ridge, group.n_channels <= exact, self.config.choice)
 
-    def _least(self, group: ChannelGroup) -> int:
+    def _least(self, group: ChannelGroup, moment: Moment) -> int:
         """The narrowest width that can be asked for."""
+        if self.config.dialled and moment.total_steps:
+            return self._grid(moment).nearest(group, SHARES[-1] * group.n_channels)
         if self.config.widths is not None:
             return self.config.widths.get(group.name, group.n_channels)
         if self.config.macs is None:
-            return self._grid().nearest(group, self.config.keep * group.n_channels)
-        return self._grid().widths(group)[-1]
+            return self._grid(moment).nearest(group, self.config.keep * group.n_channels)
+        return self._grid(moment).widths(group)[-1]
 
-    def _grid(self) -> Grid:
+    def _grid(self, moment: Moment) -> Grid:
         floor = 0.0 if self.config.macs is None else self.config.floor
-        return Grid(self.config.align, self.config.min_channels, floor)
+        if self.config.align is not None or not (self.config.dialled and moment.total_steps):
+            return Grid(self.config.align or 0, self.config.min_channels, floor)
+        device = next((p.device.type for p in moment.model.parameters()), "cpu")
+        return Grid(0, self.config.min_channels, floor, vector=16 if device == "cpu" else 64)
 
-    def _widths(self, moment: Moment, jobs: Sequence[_Job]) -> Widths:
-        groups = [job.group for job in jobs]
+    def _widths(self, moment: Moment, jobs: Sequence[Job]) -> Widths:
+        groups, grid = [job.group for job in jobs], self._grid(moment)
         if self.config.widths is not None:
-            return {g.name: self._grid().given(g, self.config.widths.get(g.name, g.n_channels)) for g in groups}
+            return {g.name: grid.given(g, self.config.widths.get(g.name, g.n_channels)) for g in groups}
         if self.config.macs is None:
-            return uniform(groups, self.config.keep, self._grid())
+            return uniform(groups, self.config.keep, grid)
         macs = MacModel.of(moment.model, moment.graph, moment.example)
-        return by_cost(macs, groups, {job.group.name: job.cost for job in jobs}, self.config.macs, self._grid())
+        return by_cost(macs, groups, {job.group.name: job.cost for job in jobs}, self.config.macs, grid)
+
+    # resuming -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done}
+        seen = [{f"{t}|{d}": moment.to_state() for (t, d), moment in found.items()} for found in self._seen]
+        return {"done": self._done, "settled": self._settled, "signature": dict(self._signature), "seen": seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._done = bool(state["done"])
+        self._done, self._settled = bool(state["done"]), int(state["settled"])
+        self._signature = {name: list(channels) for name, channels in state["signature"].items()}
+        self._seen = [
+            {(k.rpartition("|")[0], int(k.rpartition("|")[2])): SecondMoment.from_state(v) for k, v in found.items()}
+            for found in state["seen"]
+        ]
+
+
+def _enough(moment: Moment) -> list[Any]:
+    """Probe batches until there are samples enough to price by."""
+    chosen: list[Any] = []
+    n_samples = 0
+    for batch in moment.probe:
+        chosen.append(batch)
+        n_samples += next((len(x) for x in reversed(batch) if isinstance(x, torch.Tensor)), 1)
+        if n_samples >= N_PRICED:
+            break
+    return chosen

@@ -1,0 +1,149 @@
+"""One group about to be folded: whom to keep at any width, at what price, and the edit that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weightfold.graph.edit import Edit, fold
+from weightfold.graph.group import ChannelGroup
+from weightfold.graph.observe import Key
+from weightfold.price import Trails
+from weightfold.redundancy import Floats, Path, Reader
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A group with its readers and the order in which its channels go.
+
+    Args:
+        norms: norm of the weights that write each channel: the control "magnitude", shape (C,).
+        random: a random score: the control "random", shape (C,).
+        choice: which of the orders is followed: "redundancy", "magnitude" or "random".
+        exact: whether the order comes from exact elimination.
+        latest: each reader's latest map, with the kept set that it is for.
+    """
+
+    group: ChannelGroup
+    readers: Sequence[Reader]
+    path: Path
+    norms: Floats
+    random: Floats
+    ridge: float
+    exact: bool
+    choice: str = "redundancy"
+    latest: dict[Key, tuple[bytes, Floats]] = field(default_factory=dict)
+
+    def kept(self, width: int) -> Floats:
+        """The channels that stay at a width, ascending."""
+        if self.choice == "redundancy":
+            return self.path.kept(self.group.n_channels, width)
+        return _top(self.norms if self.choice == "magnitude" else self.random, self.group.block, width)
+
+    def cost(self, width: int) -> float:
+        """What the order has cost down to a width, in its own unit."""
+        return float(self.path.cost[self.group.n_channels - width])
+
+    def lost_energy(self, keep: Floats) -> float:
+        """Relative error of the readers' outputs for any kept set, compensated; the mean over readers."""
+        drop = self._dropped(keep)
+        return float(np.mean([r.error(keep, drop, self._map(r, keep, drop)) for r in self.readers]))
+
+    def residual(self, trails: Trails, width: int) -> Tensor | None:
+        """What folding to a width does to each sample's loss, first order; None where a reader left no trail."""
+        keep = self.kept(width)
+        drop = self._dropped(keep)
+        total = torch.zeros(trails.n_samples, dtype=torch.float64)
+        for reader in self.readers:
+            if (self.group.name, reader.key) not in trails.by_reader:
+                return None
+            map_SK = self._map(reader, keep, drop)
+            left = None if reader.mean_C is None else reader.shift(keep, drop, map_SK)[drop]
+            total += trails.residual(self.group.name, reader.key, keep, drop, map_SK, left)
+        return total
+
+    def edit(self, keep: Floats) -> Edit:
+        """The fold onto a kept set."""
+        drop = self._dropped(keep)
+        maps = {r.key: self._map(r, keep, drop) for r in self.readers}
+        shift = {r.key: r.shift(keep, drop, maps[r.key]) for r in self.readers if r.mean_C is not None}
+        return fold(
+            self.group,
+            torch.from_numpy(keep),
+            {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in maps.items()},
+            {key: torch.from_numpy(value) for key, value in shift.items()},
+        )
+
+    def _map(self, reader: Reader, keep: Floats, drop: Floats) -> Floats:
+        """M of a reader; asked for the same kept set again, it is not solved again."""
+        known = self.latest.get(reader.key)
+        if known is None or known[0] != keep.tobytes():
+            known = self.latest[reader.key] = keep.tobytes(), reader.map(keep, drop, self.ridge)
+        return known[1]
+
+    def _dropped(self, keep: Floats) -> Floats:
+        return np.setdiff1d(np.arange(self.group.n_channels), keep)
+
+    # reasons --------------------------------------------------------------------------------------------------------
+
+    def why(self, keep: Floats, lost_energy: float) -> dict[str, Any]:
+        """Metric, value, partners and rejected choices, as plain data."""
+        dropped, costs = self._in_order(len(keep))
+        return {
+            "metric": "error of the readers' outputs after compensation",
+            "unit": "share of the readers' output energy",
+            "value": lost_energy,
+            "choice": self._method(),
+            "ridge": self.ridge,
+            "readers": {r.key[0]: r.count for r in self.readers},
+            "dropped": [
+                {"channel": int(i), "cost": float(c), **self._partner(int(i), keep)}
+                for i, c in zip(dropped, costs, strict=True)
+            ],
+            "rejected": [
+                self._rejected(choice, score, len(keep), lost_energy)
+                for choice, score in (("magnitude", self.norms), ("random", self.random))
+                if choice != self.choice
+            ],
+        }
+
+    def _method(self) -> str:
+        if self.choice != "redundancy":
+            return self.choice
+        return "elimination" if self.exact else "pivoted Cholesky"
+
+    def _in_order(self, width: int) -> tuple[Floats, Floats]:
+        """The dropped channels as they went, and the cost of each."""
+        if self.choice == "redundancy":
+            dropped = self.path.order[: self.group.n_channels - width]
+            return dropped, np.diff(self.path.cost)[: len(dropped)]
+        dropped = self._dropped(self.kept(width))
+        return dropped, (self.norms if self.choice == "magnitude" else self.random)[dropped]
+
+    def _partner(self, i: int, keep: Floats) -> dict[str, Any]:
+        """The kept channel that is most like a dropped one, where it is read most strongly."""
+        second = max(self.readers, key=lambda r: r.gram_CC[i, i] * r.second_CC[i, i] * r.weight).second_CC
+        scale = np.sqrt(np.maximum(np.diag(second)[keep] * second[i, i], 1e-300))
+        correlation = np.round(second[i, keep] / scale, 13)
+        j = int(np.abs(correlation).argmax())
+        coefficient = second[i, keep[j]] / max(float(second[keep[j], keep[j]]), 1e-300)
+        return {"partner": int(keep[j]), "correlation": float(correlation[j]), "coefficient": float(coefficient)}
+
+    def _rejected(self, choice: str, score: Floats, width: int, chosen: float) -> dict[str, Any]:
+        """What keeping the channels of the highest scores instead would cost, compensated alike."""
+        value = self.lost_energy(_top(score, self.group.block, width))
+        reason = "larger predicted error" if value > chosen else "no larger predicted error; the choice is greedy"
+        return {"choice": choice, "value": value, "reason": reason}
+
+
+def _top(score: Floats, block: Tensor | None, width: int) -> Floats:
+    """The channels of the highest scores, equally many of every block, ascending; the first of equal ones."""
+    blocks = np.zeros(len(score), np.int64) if block is None else block.numpy()
+    n_blocks = int(blocks.max()) + 1
+    best = [np.flatnonzero(blocks == b)[np.argsort(-score[blocks == b], kind="stable")] for b in range(n_blocks)]
+    return np.sort(np.concatenate([mine[: width // n_blocks] for mine in best]))

@@ -1,0 +1,171 @@
+"""How far to fold: candidate widths with what each saves and what it will cost, and the choice by one dial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from weightfold.folding import Job
+from weightfold.forecast import accuracy_price
+from weightfold.latency import Latency
+from weightfold.price import Trails, predict
+from weightfold.size import MacModel
+from weightfold.widths import Grid
+
+SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+"""Shares of the channels that are considered."""
+
+REPAY = 3.0
+"""How many times its own cost an event must save."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Widths for every group, and what they mean.
+
+    Args:
+        share: of the channels, on average.
+        macs: multiply-accumulates left, as a share.
+        predicted: predicted change of the probe loss right after the event; None where it cannot be predicted.
+        lost_energy: mean over groups of the relative error that remains after compensation.
+        price: forecast loss of final accuracy, in points; None where the task has no accuracy.
+    """
+
+    share: float
+    widths: Mapping[str, int]
+    macs: float
+    predicted: float | None
+    lost_energy: float
+    price: float | None
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain data, rounded to what is meant."""
+        return {
+            "share": round(self.share, 4),
+            "widths": dict(self.widths),
+            "macs": round(self.macs, 4),
+            "predicted": None if self.predicted is None else round(self.predicted, 6),
+            "lost_energy": round(self.lost_energy, 6),
+            "forecast_points": None if self.price is None else round(self.price, 3),
+        }
+
+
+def candidates(
+    jobs: Sequence[Job], trails: Trails | None, macs: MacModel, grid: Grid, shares: Sequence[float] = SHARES
+) -> list[Candidate]:
+    """Candidates from mild to strong: the same share of every group, on the grid."""
+    found: list[Candidate] = []
+    for share in shares:
+        widths = {job.group.name: grid.nearest(job.group, share * job.group.n_channels) for job in jobs}
+        if found and widths == found[-1].widths:
+            continue
+        if all(widths[job.group.name] == job.group.n_channels for job in jobs):
+            continue
+        found.append(candidate(jobs, trails, macs, widths))
+    return found
+
+
+def candidate(jobs: Sequence[Job], trails: Trails | None, macs: MacModel, widths: Mapping[str, int]) -> Candidate:
+    """Price one set of widths."""
+    cut = [job for job in jobs if widths[job.group.name] < job.group.n_channels]
+    energies = [job.lost_energy(job.kept(widths[job.group.name])) for job in cut]
+    lost = float(np.sum(energies)) / len(jobs)
+    kept = sum(widths[job.group.name] for job in jobs) / sum(job.group.n_channels for job in jobs)
+    parts = [] if trails is None else [job.residual(trails, widths[job.group.name]) for job in cut]
+    whole = [part for part in parts if part is not None]
+    predicted = predict(sum(whole[1:], whole[0])) if whole and len(whole) == len(cut) else None
+    error = None if trails is None else trails.error_percent
+    price = None if error is None else accuracy_price(error, lost)
+    return Candidate(kept, dict(widths), macs.at(widths) / macs.total, predicted, lost, price)
+
+
+def knapsack(jobs: Sequence[Job], macs: MacModel, like: Candidate, grid: Grid) -> dict[str, int]:
+    """The widths of fewest multiply-accumulates that lose no more energy than a candidate's.
+
+    Greedy: again and again the step down that saves most for the energy it loses; no group falls below half the
+    candidate's share.
+    """
+    floor = {j.group.name: like.widths[j.group.name] / 2 for j in jobs}
+    ladders = {j.group.name: [w for w in grid.widths(j.group) if w >= floor[j.group.name]] for j in jobs}
+    energy = {j.group.name: [j.lost_energy(j.kept(w)) for w in ladders[j.group.name]] for j in jobs}
+    rung = dict.fromkeys(ladders, 0)
+    left = like.lost_energy * len(jobs)
+    while True:
+        widths = {name: ladders[name][at] for name, at in rung.items()}
+        steps = []
+        for name, at in rung.items():
+            if at + 1 < len(ladders[name]):
+                costs = max(energy[name][at + 1] - energy[name][at], 0.0)
+                saves = macs.at(widths) - macs.at({**widths, name: ladders[name][at + 1]})
+                if costs <= left:
+                    steps.append((round(saves / max(costs, 1e-12), 6), name, costs))
+        if not steps:
+            return widths
+        _, name, costs = max(steps, key=lambda step: (step[0], step[1]))
+        rung[name] += 1
+        left -= costs
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen, or why nothing was.
+
+    Args:
+        reached: whether the goal is met.
+        ratio: a training step's time over that of the network as it was; None where it was not measured.
+    """
+
+    chosen: Candidate | None
+    reason: str
+    reached: bool = True
+    ratio: float | None = None
+
+
+def within_loss(found: Sequence[Candidate], most: float) -> Decision:
+    """The narrowest candidate whose forecast price is within ``most`` points.
+
+    Example:
+        >>> mild, strong = (Candidate(s, {}, s, None, 0.0, p) for s, p in ((0.5, 0.1), (0.25, 0.9)))
+        >>> within_loss([mild, strong], 0.2).chosen.share
+        0.5
+        >>> print(within_loss([strong], 0.2).reason)
+        this network is not over-wide: folding to 0.25 would cost about 0.9 points, more than 0.2
+    """
+    good = [c for c in found if c.price is not None and c.price <= most]
+    if good:
+        best = min(good, key=lambda c: c.macs)
+        return Decision(
+            best, f"the narrowest widths whose forecast price of {best.price:.2g} points is within {most:g}"
+        )
+    if not found:
+        return Decision(None, "no group can be made narrower on the grid of widths", reached=False)
+    mild = found[0]
+    reason = (
+        f"this network is not over-wide: folding to {mild.share:.2g} would cost about {mild.price:.1f} points, "
+        f"more than {most:g}"
+    )
+    return Decision(None, reason, reached=False)
+
+
+def for_time(found: Sequence[Candidate], latency: Latency, total_macs: float, done: float, goal: float) -> Decision:
+    """The widest candidate with which the rest of the run still meets the goal.
+
+    Args:
+        done: share of the run that is over.
+        goal: share of the dense run's time to save: done + (1 - done) ratio <= 1 - goal.
+    """
+    if not found:
+        return Decision(None, "no group can be made narrower on the grid of widths", reached=False)
+    most = (1 - goal - done) / (1 - done)
+    ratios = [round(latency.ratio(c.macs * total_macs), 2) for c in found]
+    for c, ratio in zip(found, ratios, strict=True):
+        if ratio <= most:
+            reason = f"the widest widths whose step takes {ratio:g} of the time, {most:.2f} being enough"
+            return Decision(c, reason, True, ratio)
+    c, ratio = found[-1], ratios[-1]
+    saved = 1 - done - (1 - done) * ratio
+    reason = f"even the narrowest widths save {saved:.0%} of the time, less than {goal:.0%}"
+    return Decision(c, reason, reached=False, ratio=ratio)
