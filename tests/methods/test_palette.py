@@ -73,7 +73,11 @@ def test_weights_take_few_values_and_norms_and_biases_stay() -> None:
     assert len(model.conv.weight.unique()) == len(model.head.weight.unique()) == 4
     for name in ("norm.weight", "norm.bias", "norm.running_var", "head.bias"):
         assert torch.equal(model.state_dict()[name], before[name])
-    assert palettized.unique_values() == 8
+    assert palettized.unique_values() == sum(row["unique_values"] for row in palettized.summary()) == 8
+    assert palettized.summary()[0] == {
+        "name": "conv.weight", "shape": [12, 3, 3, 3], "codebooks": 1, "bits": 2, "vector": 1, "unique_values": 4,
+        "packed_bytes": 12 * 27 // 4 + 4 * 2,
+    }  # fmt: skip
     assert unique_values(model) == 8 + len(before["norm.weight"].unique()) + 1 + len(before["head.bias"].unique())
 
 

@@ -163,6 +163,21 @@ class Palettized:
         """Distinct values that stand behind the clustered tensors, each codebook's added up."""
         return sum(item.unique_values() for item in self.tensors.values())
 
+    def summary(self) -> list[dict[str, Any]]:
+        """One plain record for each clustered tensor, for tables, JSON and the ledger."""
+        return [
+            {
+                "name": name,
+                "shape": list(item.shape),
+                "codebooks": len(item.book_GKV),
+                "bits": item.bits,
+                "vector": item.layout.vector,
+                "unique_values": item.unique_values(),
+                "packed_bytes": item.size_bytes(),
+            }
+            for name, item in self.tensors.items()
+        ]
+
     def save(self, path: str | Path, model: nn.Module, *, coding: Coding = "packed") -> int:
         """Write the network's whole state to a file, the clustered tensors as codebooks and indices.
 
