@@ -15,7 +15,8 @@ OPTIONS = (
     *("--data", "--model", "--set", "--epochs", "--batch-size", "--lr", "--optimizer", "--seed", "--method", "--keep"),
     *("--at", "--out", "--resume", "--device", "--threads", "--no-dense", "--force", "--json", "--debug"),
 )
-COMMANDS = ("trace", "sharing", "train", "fold", "export", "ledger", "ledger show", "ledger verify")
+VERBS = ("show", "explain", "timeline", "verify", "replay", "undo", "diff")
+COMMANDS = ("trace", "sharing", "train", "fold", "export", "ledger", *(f"ledger {verb}" for verb in VERBS))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -70,8 +71,15 @@ def test_a_misspelt_command_is_answered_with_the_nearest(cli: Run) -> None:
 
 def test_the_ledger_is_read_without_torch(finished: tuple, shell: Shell) -> None:
     before = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"
-    for command in ("show", "verify"):
-        done = shell("ledger", command, finished[0], "--json", before=before)
+    out = finished[0]
+    for command in (
+        ("show", out),
+        ("verify", out),
+        ("explain", out, "body.0", 3),
+        ("timeline", out),
+        ("diff", out, out),
+    ):
+        done = shell("ledger", *command, "--json", before=before)
         assert done.returncode == 0, done.stderr
         assert done.stderr.strip() == "False"
         json.loads(done.stdout)

@@ -261,7 +261,7 @@ def group_of(body: Mapping[str, Any]) -> str:
     """
     what = body.get("what")
     inner = what.get("group", "") if isinstance(what, Mapping) else ""
-    return str(body.get("group", inner))
+    return str(body.get("group") or inner or "")
 
 
 def step_of(entry: Entry) -> int | None:

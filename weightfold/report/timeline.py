@@ -22,6 +22,9 @@ MAX_NAME = 24
 APART = 11
 """Pixels between marks that would lie on each other."""
 
+LOSSES = (1e-9, 1e30)
+"""What lies beyond is not drawn."""
+
 STYLES = {
     "accepted": ("t-accepted", "edit kept"),
     "reduced": ("t-reduced", "a smaller one kept"),
@@ -53,7 +56,8 @@ def picture(timeline: Timeline, *, alone: bool = False, names: Mapping[str, str]
     whole = [mark for mark in timeline.marks if not mark.groups]
     top = head + LEGEND + (LANE if whole else 0)
     bottom = top + ROW * len(rows) + (16 if hidden else 0)
-    losses = {arm: points for arm, points in timeline.losses.items() if any(_drawable(y) for _, y in points)}
+    every = {arm: [point for point in points if _drawable(point[1])] for arm, points in timeline.losses.items()}
+    losses = {arm: points for arm, points in every.items() if points}
     end = bottom + (GAP + LOSS if losses else 0)
     parts = [
         *_heading(timeline, alone=alone),
@@ -220,7 +224,7 @@ def _x_axis(x_axis: Axis, unit: str, y: float) -> Iterator[str]:
 
 
 def _drawable(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return LOSSES[0] < value < LOSSES[1]
 
 
 def _svg(timeline: Timeline, height: float, parts: Iterable[str], *, alone: bool) -> str:

@@ -16,7 +16,7 @@ Maker = Annotated[
 ]
 
 COLOURS = {"edit": "green", "rollback": "red", "refusal": "red", "undo": "yellow", "watch": "cyan", "freeze": "cyan"}
-LONG = 60
+LONG = 64
 
 
 def marked(kind: str) -> str:
