@@ -21,7 +21,7 @@ from weightfold.errors import ArtifactError, ConfigError, DataError
 from weightfold.fingerprint import fingerprint
 from weightfold.graph.apply import apply
 from weightfold.graph.edit import remove
-from weightfold.methods.palette import Palette, PaletteConfig, Palettized, fisher, palettize
+from weightfold.methods.palette import Palette, PaletteConfig, Palettized, fisher, input_energy, palettize
 from weightfold.models import Classes, ImageInput, NextToken, TaskSpec, TextInput, build
 from weightfold.quant.clustered import read_clustered
 from weightfold.size import parameters, unique_values
@@ -156,6 +156,23 @@ def test_fisher_is_the_mean_of_squared_gradients() -> None:
     assert model.conv.weight.grad is None
     with pytest.raises(DataError, match="one batch"):
         fisher(model, [], F.cross_entropy)
+
+
+def test_input_energy_is_the_diagonal_of_the_layers_error() -> None:
+    """Independent reference: the output's change when single weights change, by the layer itself."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 6, 1, groups=2, bias=False).double(), torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    energy = input_energy(layer, [x])["weight"]
+    reference = layer(x).detach()
+    for o, i in ((0, 0), (2, 1), (3, 0), (5, 1)):
+        with torch.no_grad():
+            layer.weight[o, i] += 1
+            torch.testing.assert_close((layer(x) - reference)[:, o].square().mean(), energy[o, i, 0, 0])
+            layer.weight[o, i] -= 1
+    assert not layer._forward_pre_hooks
+    model = net()
+    palettize(model, k=4, importance=input_energy(model, [x for x, _ in batches()]))
+    assert model.training
 
 
 def test_what_would_not_shrink_is_left_alone() -> None:

@@ -227,7 +227,7 @@ def palettize(
 
     Args:
         config: settings; or pass them by name.
-        importance: how much each weight counts, by parameter name (see `fisher`); all alike by default.
+        importance: how much each weight counts, by parameter name (see `fisher`, `input_energy`); all alike by default.
         generator: draws the first codebooks where `vector` > 1; a fresh one of seed 0 by default.
     Raises:
         ConfigError: nothing can be clustered, or importance names no parameter.
@@ -305,6 +305,52 @@ def fisher(model: nn.Module, batches: Iterable[Batch], loss: Loss) -> dict[str, 
     if n == 0:
         raise DataError("The Fisher information needs at least one batch.")
     return {name: value / n for name, value in total.items()}
+
+
+_READERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@torch.no_grad()
+def input_energy(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Mean square of what each weight of linear and convolution layers multiplies: an importance that needs no labels.
+
+    The error of a layer's output is Σ E[a_i a_j] Δw_i Δw_j; this is its diagonal. In evaluation mode.
+
+    Args:
+        batches: inputs as the model takes them, a tensor or a tuple.
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> input_energy(net, [torch.tensor([[1.0, 2.0]])])
+        {'weight': tensor([[1., 4.]])}
+    """
+    readers = {f"{path}.weight".lstrip("."): m for path, m in model.named_modules() if isinstance(m, _READERS)}
+    sums: dict[str, list[Tensor]] = {name: [] for name in readers}
+    modes = {module: module.training for module in model.modules()}
+
+    def listen(name: str, module: nn.Module) -> Any:
+        dim = -1 if isinstance(module, nn.Linear) else 1
+        return module.register_forward_pre_hook(
+            lambda _, args: sums[name].append(args[0].square().movedim(dim, -1).flatten(0, -2).mean(0))
+        )
+
+    hooks = [listen(name, module) for name, module in readers.items()]
+    model.eval()
+    try:
+        for batch in batches:
+            model(*batch) if isinstance(batch, tuple) else model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return {name: _spread(module, torch.stack(sums[name]).mean(0)) for name, module in readers.items() if sums[name]}
+
+
+def _spread(module: Any, energy_I: Tensor) -> Tensor:
+    """A number for each input channel, in the shape of the weight that reads it."""
+    weight, groups = module.weight, getattr(module, "groups", 1)
+    rows = energy_I.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2)).expand_as(weight).clone()
 
 
 # in training ----------------------------------------------------------------------------------------------------------
