@@ -196,6 +196,24 @@ def test_untied_shares_of_the_state_add_up_to_the_tied_state() -> None:
     torch.testing.assert_close(sum(s["exp_avg_sq"].sqrt() for s in found).square(), whole["exp_avg_sq"])
 
 
+def test_layers_of_two_optimisers_can_be_tied() -> None:
+    model = Parallel()
+    optimizers = [OPTIMIZERS["adam"](model.a.parameters()), OPTIMIZERS["sgd"](model.b.parameters())]
+    for o in optimizers:
+        step(model, o, inputs(1)[0])
+    ties = Ties(model, optimizers)
+    link = ties.tie("a.weight", "b.weight")
+    assert optimizers[1].param_groups[0]["params"] == []
+    step(model, optimizers[0], inputs(1)[0])
+    for o in optimizers:
+        o.state_dict()
+    ties.untie(link)
+    assert optimizers[1].param_groups[0]["params"] == [model.b.weight]
+    for o in optimizers:
+        step(model, o, inputs(1)[0])
+        o.state_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

@@ -47,6 +47,9 @@ class Link:
 class Ties:
     """Ties and unties single parameters of a model, with their optimiser state.
 
+    A parameter that another optimiser holds hands its place over, not its state. Moving averages of the model are left
+    as they are: their copies of tied parameters come together as the average goes on.
+
     Args:
         gradient: see `TieConfig`.
 
@@ -117,7 +120,7 @@ class Ties:
 
     def _merge_states(self, link: Link, m: int) -> None:
         for optimizer, state, own, _ in link.states:
-            if own is not None:
+            if own is not None and _holds(optimizer, link.shared):
                 optimizer.state[link.shared] = _merged(state or {}, own, m, self.gradient)
 
     def _hook(self, shared: nn.Parameter) -> None:
@@ -194,6 +197,10 @@ def _check_pair(kept: str, shared: nn.Parameter, copy: str, own: nn.Parameter) -
 
 def _places(model: nn.Module, parameter: nn.Parameter) -> tuple[tuple[nn.Module, str], ...]:
     return tuple((m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is parameter)
+
+
+def _holds(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
 
 
 def _copied(state: Mapping[str, Any]) -> State:
