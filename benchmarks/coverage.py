@@ -9,7 +9,8 @@ output's relative error exceeds 1e-9, or when anything is raised.
 
 An architecture meets the goal when every output channel of its linear, convolutional and recurrent layers can be edited
 (alone or as part of a head), apart from those that reach the model's output or are not used, every attention layer with
-several heads has its heads free, and no edit was wrong. The last line is one JSON object.
+several heads has its heads free, and no edit was wrong. Where that is impossible for a reason of the architecture's own
+(`BY_DESIGN`), it does not meet the goal and is counted apart. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def check_one(name: str) -> dict[str, Any]:
     row |= {"groups": len(graph), "checks": len(checks), "wrong": len(wrong), "worst": max(errors, default=0.0)}
     row["wrong_list"] = [{k: str(v)[:200] for k, v in w.items()} for w in wrong[:8]]
     row["goal"] = not row["locked"] and not row["headless"] and not wrong
+    row["by_design"] = "" if row["goal"] or wrong else by_design(row)
     return row
 
 
@@ -84,6 +86,24 @@ EXCUSED = (
     "is picked by data",
     "is picked out alone",
 )
+
+
+BY_DESIGN = {
+    "hf-bloom": (r"self_attention$", "every head has a slope of its own (alibi), which the forward computes"),
+    "hf-mpt": (r"attn$", "every head has a slope of its own (alibi), which the forward computes"),
+    "hf-fnet": (r"(projection|output\.dense)\.weight$", "writes the stream, which a Fourier transform mixes"),
+    "hf-videomae": (r"patch_embeddings\.projection\.weight$", "writes the stream, to which a fixed table is added"),
+    "hf-recurrent-gemma": (r"k_proj\.weight$", "the one key of all heads, rotated by fixed angles"),
+    "hand-mlp-mixer": (r"tokens\.2\.weight$", "writes positions of the image, which are data and no hidden units"),
+}
+"""What cannot be free in an architecture and why: a pattern for the tensors, or attention layers, that it concerns."""
+
+
+def by_design(row: dict[str, Any]) -> str:
+    """The reason, if it covers everything that is locked or without heads."""
+    pattern, reason = BY_DESIGN.get(row["name"], ("$^", ""))
+    found = [entry.partition("[")[0] for entry in (*row["locked"], *row["headless"])]
+    return reason if all(re.search(pattern, name) for name in found) else ""
 
 
 STREAM = ("hidden_size", "d_model", "n_embd", "dim")
@@ -188,6 +208,7 @@ def summary(rows: list[dict[str, Any]], torch_pruning: Path | None) -> dict[str,
         "wrong_edits": sum(r["wrong"] for r in traced),
         "free_share": round(free / max(total, 1), 5),
         "goal_met": sum(bool(r.get("goal")) for r in rows),
+        "impossible_by_design": sum(bool(r.get("by_design")) for r in rows),
         "checks": sum(r["checks"] for r in traced),
         "worst_error": max((r["worst"] for r in traced), default=0.0),
         "torch_pruning_ok": None,
@@ -207,8 +228,9 @@ def line(row: dict[str, Any]) -> str:
     """One line of the table."""
     if not row.get("traced"):
         return f"{row['name']:32s} not traced: {row.get('error', '')[:110]}"
-    mark = "ok" if row["goal"] else "--"
-    why = "; ".join([*row["locked"][:1], *(f"no heads: {h}" for h in row["headless"][:1])])
+    mark = "ok" if row["goal"] else "==" if row["by_design"] else "--"
+    found = "; ".join([*row["locked"][:1], *(f"no heads: {h}" for h in row["headless"][:1])])
+    why = row["by_design"] or found
     return (
         f"{row['name']:32s} {mark} trace {row['trace_s']:5.2f} s  sizes {row['sizes_s']:5.1f} s "
         f" groups {row['groups']:3d}  free {row['free']:6d}  locked {row['n_locked']:4d}  heads {row['heads']:3d} "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weightfold.errors import TraceError
 from weightfold.graph import exactness
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
@@ -155,6 +156,47 @@ class Rearranged(nn.Module):
         return self.two(y[..., [3, 1, 0, 5, 4, 2]] + y.exp())
 
 
+class Windowed(nn.Module):
+    """Overlapping windows laid over memory that is not in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.one(x)).transpose(1, 2)
+        b, n, t = y.shape
+        s = y.stride()
+        windows = y.as_strided((b, t - 2, 3, n), (s[0], s[2], s[2], s[1]))
+        return self.two(windows.mean(2))
+
+
+class Branching(nn.Module):
+    """A branch on the value of a tensor, made of this or that."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.one, self.mid, self.two = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.source = source
+        self.register_buffer("table", torch.ones(3))
+
+    def condition(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(3)
+        if self.source == "ones":
+            mask[0] = 1
+        elif self.source == "written":
+            mask[0] = x[0, 0, 0]
+        else:
+            mask = {"input": x, "buffer": self.table, "parameter": self.one.weight, "random": torch.rand(3)}[
+                self.source
+            ]
+        return (mask > 0).any()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.one(x))
+        return self.two(torch.tanh(self.mid(y)) if self.condition(x) else y)
+
+
 SEQUENCE = (2, 6, 5)
 NETS: dict[str, Any] = {
     # build, and (tensor, positions) of groups that must be free
@@ -170,6 +212,8 @@ NETS: dict[str, Any] = {
     "stacked mask": (lambda: Masked("stack"), []),
     "written mask": (lambda: Masked("write"), []),
     "rearranged": (Rearranged, []),
+    "windows": (Windowed, [("one.weight", "channels")]),
+    "branch on constants": (lambda: Branching("ones"), [("one.weight", "channels"), ("mid.weight", "channels")]),
 }
 
 
@@ -198,6 +242,12 @@ def test_a_mask_put_together_of_constants_freezes(how: str) -> None:
     assert graph.containing("one.weight", 0) is None or not graph["one"].free
     [reason] = {f.reason for f in graph.frozen if f.tensor == "one.weight" and f.dim == 0}
     assert "meets data that differs per channel" in reason
+
+
+@pytest.mark.parametrize("source", ["input", "buffer", "parameter", "random", "written"])
+def test_a_branch_on_more_than_constants_is_refused(source: str) -> None:
+    with pytest.raises(TraceError, match=r"branches on the values of a tensor.*test_layouts.py:\d+: .*condition\(x\)"):
+        trace(Branching(source), torch.randn(SEQUENCE))
 
 
 def test_a_head_over_shared_values_is_not_silent_without_its_queries() -> None:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from weightfold.errors import TraceError
 from weightfold.graph import rules
 from weightfold.graph.build import Builder
+from weightfold.graph.constants import export_with_constant_branches
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
 from weightfold.graph.solve import OUTPUT, solve
@@ -128,7 +129,21 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
             program = torch.export.export(twin, args, kwargs, strict=False)
             return program.run_decompositions({}) if _writes_through_views(program.graph_module) else program
         except Exception as error:
+            if _is_branch(error) and (program := _along_constants(twin, args, kwargs)) is not None:
+                return program
             raise _explain(model, error) from error
+
+
+def _along_constants(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return export_with_constant_branches(twin, args, kwargs)
+    except Exception:  # whatever it is, the first refusal says more
+        return None
+
+
+def _is_branch(error: Exception) -> bool:
+    kind = type(error).__name__
+    return "GuardOnDataDependent" in kind or "data-dependent" in str(error).lower() or "DynamicOutputShape" in kind
 
 
 def _writes_through_views(module: torch.fx.GraphModule) -> bool:
@@ -147,7 +162,7 @@ def _explain(model: nn.Module, error: Exception) -> TraceError:
     kind = type(error).__name__
     where = _user_line(error)
     name = type(model).__name__
-    if "GuardOnDataDependent" in kind or "data-dependent" in str(error).lower() or "DynamicOutputShape" in kind:
+    if _is_branch(error):
         return TraceError(
             f"The forward of '{name}' branches on the values of a tensor{where}: {text}",
             remedy="Move the branch out of the forward, or replace it by torch.where / torch.cond.",

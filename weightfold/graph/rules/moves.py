@@ -123,7 +123,7 @@ def split(store: Store, node: torch.fx.Node, x: Value, sizes: Any, dim: int = 0)
 
 
 @rule("repeat", "tile", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
-      "repeat_interleave", "rot90", "diagonal", "as_strided", move=True)  # fmt: skip
+      "repeat_interleave", "rot90", "diagonal", move=True)  # fmt: skip
 def execute(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Run any movement on the fully expanded labels; data-dependent indices must not touch labelled dimensions."""
     shape = out_shape(node)
@@ -134,6 +134,18 @@ def execute(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
     ):
         return expand(store, node, x)
     return algebra.moved(store, x, shape, lambda array: call(node, array, *args, **kwargs))
+
+
+@rule("as_strided", move=True)
+def as_strided(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Windows over memory: labels are laid out as the tensor itself was."""
+    strides = node.args[0].meta["val"].stride()  # type: ignore[union-attr]
+
+    def windows(array: Tensor) -> Tensor:
+        memory = torch.empty_strided(x.shape, strides, dtype=array.dtype).copy_(array)
+        return torch.as_strided(memory, *args, **kwargs).clone()
+
+    return algebra.moved(store, x, out_shape(node), windows)
 
 
 @rule("index", "gather", "take_along_dim", "_unsafe_index", "index_copy", move=True)
