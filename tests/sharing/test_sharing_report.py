@@ -136,6 +136,20 @@ def test_a_transformer_of_torch() -> None:
     assert report.applied == 5 * parameters(net)
 
 
+def test_products_written_out_are_counted_from_either_side() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b, self.v = (nn.Parameter(torch.randn(s)) for s in ((4, 12), (12,), (3, 12)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.addmm(self.b, x.flatten(0, 1), self.w).unflatten(0, x.shape[:2])
+            return torch.matmul(self.v, y.mT)
+
+    report = sharing(Products(), torch.zeros(2, 5, 4))
+    assert {t: row.uses for row in report.rows for t in row.tensors} == {"w": 5, "b": 5, "v": 5}
+
+
 def test_weights_computed_from_parameters_are_followed() -> None:
     net = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 3))
     assert {row.uses for row in sharing(net, torch.zeros(1, 2, 9)).rows} == {7}

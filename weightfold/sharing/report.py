@@ -210,10 +210,10 @@ class _Reader:
     def _product(self, node: Node, name: str, source: Node) -> int:
         """Times that a matrix is multiplied with a vector; biases go with the output's rows."""
         out, own = _shape(node), _shape(source)
-        if name == "linear" or len(own) < 2:
+        left, right = node.args[1:3] if name in ("addmm", "baddbmm") else node.args[:2]
+        if name == "linear" or source not in (left, right) or len(own) < 2:
             return math.prod(out) // out[-1]
-        factors = [_shape(n) for n in node.all_input_nodes if n is not source]
-        inner = own[-1] if factors and own[-1] == factors[0][-2 if len(factors[0]) > 1 else -1] else own[-2]
+        inner = own[-1] if source is left else own[-2]
         return math.prod(out) * inner // math.prod(own)
 
     def _grouped_heads(self, node: Node) -> Iterator[Sharing]:
