@@ -160,6 +160,39 @@ def test_an_entry_of_any_shape_has_a_line(kind: str) -> None:
     assert summary("new", {"digest": "a" * 64})["remark"] == "digest aaaaaaaaaaaa…"
 
 
+def test_plans_looks_back_and_refusals_have_words_of_their_own() -> None:
+    chosen = {"share": 0.5, "macs": 0.31, "predicted": 0.2}
+    plan = summary("plan", {"step": 9, "candidates": [chosen, chosen], "chosen": chosen})
+    assert plan["remark"] == "step 9: 50 % of the channels, 31 % of the MACs, of 2 candidates"
+    assert plan["predicted"] == 0.2
+    watch = {"step": 9, "groups": ["a", "b"], "before": 1.0, "after": 1.5, "recovered": False}
+    assert summary("watch", watch)["remark"] == "step 9: the loss is still above where it was"
+    assert (summary("watch", watch)["group"], summary("watch", watch)["measured"]) == ("2 groups", 0.5)
+    refusal = {"step": 9, "why": "as the measured times allow"}
+    assert summary("refusal", refusal, {"why": "it would not repay"})["remark"] == "step 9: it would not repay"
+
+
+def test_explain_tells_the_plan_that_an_edit_carries_out(tmp_path: Path, cli: Run) -> None:
+    chosen = {"share": 0.5, "macs": 0.3, "forecast_points": 0.25}
+    plan = {"step": 4, "candidates": [chosen], "chosen": chosen, "trigger": "the kept set has settled", "why": "cheap"}
+    edit = {"kind": "remove", "channels": 4, "carry": [0, 1]}
+    with Ledger.create(tmp_path / "ledger.db", run={}) as ledger:
+        ledger.append("prepare", {"groups": [["fc1", "channels", 4, []]]})
+        ledger.append("plan", plan)
+        ledger.append("edit", {"step": 4, "what": {"group": "fc1", "edit": edit}})
+    text = cli("ledger", "explain", tmp_path, "fc1", 3).stdout
+    for words in (
+        "entry 2, 50 % of the channels",
+        "forecast cost 0.25 points",
+        "1 candidates weighed",
+        "settled",
+        "cheap",
+    ):
+        assert words in text, text
+    assert "without a replacement" in text
+    assert "way back     none" in text
+
+
 def test_foreign_text_is_not_read_as_colours(tmp_path: Path, cli: Run) -> None:
     with Ledger.create(tmp_path / "ledger.db", run={"config": {"model": "[red]x[/]"}}) as ledger:
         ledger.append("prepare", {"groups": [["a[/b]", "channels", 4, []]], "frozen": []})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from weightfold.audit.history import Change, History, number
+from weightfold.audit.history import Change, History, number, step_of
 from weightfold.audit.maps import Maps
 from weightfold.audit.place import find_place
 from weightfold.errors import ConfigError
@@ -119,6 +119,7 @@ def _removal(history: History, change: Change, channel: int, get_blob: Blob | No
         "coefficients": _coefficients(change, at, get_blob),
         "why": {key: value for key, value in why.items() if key not in ("dropped", "rejected")},
         "rejected": why.get("rejected", []),
+        "plan": _plan(history, change),
         "price": _price(history, body),
         "gain": _gain(history, change),
         "together_with": list(change.together),
@@ -126,6 +127,14 @@ def _removal(history: History, change: Change, channel: int, get_blob: Blob | No
         "proof": body.get("proof", {}),
         "reset": body.get("reset", []),
     }
+
+
+def _plan(history: History, change: Change) -> Facts | None:
+    """The plan that an edit carries out: what was weighed, and why this was chosen."""
+    made = [e for e in history.entries if e.kind == "plan" and e.seq < change.seq and step_of(e) == change.step]
+    if not made:
+        return None
+    return {"seq": made[-1].seq, **made[-1].body}
 
 
 def _partner(change: Change, dropped: Mapping[str, Any]) -> Facts | None:

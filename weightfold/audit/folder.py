@@ -155,7 +155,11 @@ def _read_run(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{path}' is no record of a run.", remedy=AGAIN)
     if run.get("status") == "running" and "digest" not in run:
         return run
-    if run_digest(run) != run.get("digest") or text != as_text(run):
+    if "digest" not in run:
+        raise ArtifactError(
+            f"'{path}' gives no digest of itself: it was changed, or is of an older version.", remedy=AGAIN
+        )
+    if run_digest(run) != run["digest"] or text != as_text(run):
         raise ArtifactError(f"'{path}' was changed: it does not have the digest it gives.", remedy=AGAIN)
     return run
 

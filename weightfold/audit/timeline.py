@@ -201,6 +201,6 @@ def _words(entry: Entry) -> str:
     body = entry.body
     attempts = body.get("attempts")
     last = attempts[-1] if isinstance(attempts, list) and attempts and isinstance(attempts[-1], dict) else {}
-    reason = body.get("why", last.get("reason", body.get("how", "")))
+    reason = entry.aside.get("why") or body.get("why", last.get("reason", body.get("how", "")))
     text = str(reason).partition("\n")[0] if isinstance(reason, str) else ""
     return f"{entry.kind}: {text}" if text else entry.kind

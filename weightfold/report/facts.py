@@ -163,7 +163,7 @@ def _decisions(ledger: Ledger) -> Iterator[Decision]:
             common = (body["step"], body["group"], body["method"], False, n, n, predicted, attempts)
             yield Decision(entry.seq, entry.hash, *common, reason=attempts[-1].reason)
         elif entry.kind == "refusal":
-            reason = str(body["why"]).partition("\n")[0]
+            reason = str(entry.aside.get("why") or body["why"]).partition("\n")[0]
             yield Decision(entry.seq, entry.hash, body["step"], "", body["method"], False, 0, 0, None, [], reason)
 
 

@@ -37,8 +37,10 @@ def signed(value: float | None, form: str = "+.2g") -> str:
     return "–" if value is None else f"{value:{form}}".replace("-", "−")
 
 
-def summary(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def summary(kind: str, body: Mapping[str, Any], aside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Pick what fits on one line out of an entry, of whatever kind and however complete.
+
+    A reason that depends on measured times stands aside; it says more than the one in the body.
 
     Example:
         >>> summary("watch", {"step": 40, "group": "fc1", "loss": 0.25, "curve": [1, 2]})["remark"]
@@ -49,9 +51,10 @@ def summary(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "group": group_of(body), "channels": "", "predicted": None, "measured": None, "remark": "",
     }  # fmt: skip
-    describe = _KNOWN.get(kind)
+    measured = (aside or {}).get("why")
+    known = {**body, "why": measured} if kind == "refusal" and isinstance(measured, str) else body
     try:
-        found = describe(body) if describe is not None else None
+        found = _KNOWN[kind](known) if kind in _KNOWN else None
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
         found = None
     facts |= found if found is not None else {"remark": _remark(body)}
@@ -103,12 +106,32 @@ def _result(body: Mapping[str, Any]) -> dict[str, Any]:
 def _undo(body: Mapping[str, Any]) -> dict[str, Any]:
     undoes = body.get("undoes", [])
     which = f"entries {', '.join(map(str, undoes))}" if len(undoes) > 1 else f"entry {undoes[0]}" if undoes else ""
-    group = body.get("group") or ", ".join(body.get("groups", []))
+    names = body.get("groups", [])
+    group = body.get("group") or (names[0] if len(names) == 1 else f"{len(names)} groups")
     at = f"step {body['step']}: " if "step" in body else ""
     return {"group": group, "remark": f"{at}{' '.join(filter(None, ('takes back', which)))}, {body['how']}"}
 
 
+def _plan(body: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = body["chosen"]
+    share, macs = f"{100 * chosen['share']:.0f} %", f"{100 * chosen['macs']:.0f} %"
+    remark = (
+        f"step {body['step']}: {share} of the channels, {macs} of the MACs, of {len(body['candidates'])} candidates"
+    )
+    return {"predicted": chosen.get("predicted"), "remark": remark}
+
+
+def _watch(body: Mapping[str, Any]) -> dict[str, Any]:
+    verdict = "back where it was" if body["recovered"] else "still above where it was"
+    names = body.get("groups", [])
+    group = names[0] if len(names) == 1 else f"{len(names)} groups"
+    change = float(body["after"]) - float(body["before"])
+    return {"group": group, "measured": change, "remark": f"step {body['step']}: the loss is {verdict}"}
+
+
 _KNOWN = {
+    "plan": _plan,
+    "watch": _watch,
     "undo": _undo,
     "edit": _edit,
     "rollback": _rollback,

@@ -84,6 +84,7 @@ def _removal(facts: Mapping[str, Any], source: Path) -> Iterator[str]:
     yield ""
     yield from _into(facts, gone)
     yield from _why(gone)
+    yield from _plan(gone["plan"])
     yield from _price(gone["price"])
     yield from _gain(gone)
     yield _line("entry", f"{gone['seq']}, hash {gone['hash'][:16]}…, written {_clock(gone['time'])}")
@@ -137,6 +138,22 @@ def _why(gone: Mapping[str, Any]) -> Iterator[str]:
             price = f" {value:.3g}" if isinstance(value, int | float) else ""
             reason = show.plain(other.get("reason", ""))
             yield _line("rejected", f"{show.plain(other.get('choice', '?'))}:{price}{', ' if reason else ''}{reason}")
+
+
+def _plan(plan: Mapping[str, Any] | None) -> Iterator[str]:
+    """One line of the plan that the edit carries out."""
+    chosen = plan.get("chosen") if plan else None
+    if plan is None or not isinstance(chosen, Mapping):
+        return
+    text = f"entry {plan['seq']}"
+    text += f", {100 * chosen['share']:.0f} % of the channels" if isinstance(chosen.get("share"), float | int) else ""
+    points = chosen.get("forecast_points")
+    text += f", forecast cost {points:.2g} points of accuracy" if isinstance(points, float | int) else ""
+    weighed = plan.get("candidates")
+    text += f"; {len(weighed)} candidates weighed" if isinstance(weighed, list) else ""
+    text += f"; when: {show.plain(plan['trigger'])}" if plan.get("trigger") else ""
+    text += f"; why this: {show.plain(plan['why'])}" if isinstance(plan.get("why"), str) else ""
+    yield _line("plan", text)
 
 
 def _price(price: Mapping[str, Any]) -> Iterator[str]:

@@ -56,7 +56,7 @@ def _record(entry: Any) -> dict[str, Any]:
 
 
 def _row(entry: Any) -> list[str]:
-    facts = summary(entry.kind, entry.body)
+    facts = summary(entry.kind, entry.body, entry.aside)
     return [
         str(entry.seq),
         marked(entry.kind),
