@@ -27,6 +27,7 @@ class Job:
         choice: which of the orders is followed: "redundancy", "magnitude" or "random".
         exact: whether the order comes from exact elimination.
         latest: each reader's latest map, with the kept set that it is for.
+        energies: lost energy by kept set, as far as it was asked for.
     """
 
     group: ChannelGroup
@@ -38,6 +39,7 @@ class Job:
     exact: bool
     choice: str = "redundancy"
     latest: dict[Key, tuple[bytes, Floats]] = field(default_factory=dict)
+    energies: dict[bytes, float] = field(default_factory=dict)
 
     def kept(self, width: int) -> Floats:
         """The channels that stay at a width, ascending."""
@@ -51,8 +53,11 @@ class Job:
 
     def lost_energy(self, keep: Floats) -> float:
         """Relative error of the readers' outputs for any kept set, compensated; the mean over readers."""
-        drop = self._dropped(keep)
-        return float(np.mean([r.error(keep, drop, self._map(r, keep, drop)) for r in self.readers]))
+        if keep.tobytes() not in self.energies:
+            drop = self._dropped(keep)
+            errors = [r.error(keep, drop, self._map(r, keep, drop)) for r in self.readers]
+            self.energies[keep.tobytes()] = float(np.mean(errors))
+        return self.energies[keep.tobytes()]
 
     def residual(self, trails: Trails, width: int) -> Tensor | None:
         """What folding to a width does to each sample's loss, first order; None where a reader left no trail."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from weightfold.latency import Latency
 from weightfold.price import Trails, predict
 from weightfold.size import MacModel
 from weightfold.widths import Grid
+
+T = TypeVar("T")
 
 SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Shares of the channels that are considered."""
@@ -53,18 +55,14 @@ class Candidate:
         }
 
 
-def candidates(
-    jobs: Sequence[Job], trails: Trails | None, macs: MacModel, grid: Grid, shares: Sequence[float] = SHARES
-) -> list[Candidate]:
-    """Candidates from mild to strong: the same share of every group, on the grid."""
-    found: list[Candidate] = []
+def ladder(jobs: Sequence[Job], grid: Grid, shares: Sequence[float] = SHARES) -> list[dict[str, int]]:
+    """Widths from mild to strong: the same share of every group, on the grid; without those that change nothing."""
+    found: list[dict[str, int]] = []
+    whole = {job.group.name: job.group.n_channels for job in jobs}
     for share in shares:
         widths = {job.group.name: grid.nearest(job.group, share * job.group.n_channels) for job in jobs}
-        if found and widths == found[-1].widths:
-            continue
-        if all(widths[job.group.name] == job.group.n_channels for job in jobs):
-            continue
-        found.append(candidate(jobs, trails, macs, widths))
+        if widths not in (whole, *found[-1:]):
+            found.append(widths)
     return found
 
 
@@ -124,17 +122,26 @@ class Decision:
     ratio: float | None = None
 
 
-def within_loss(found: Sequence[Candidate], most: float) -> Decision:
-    """The narrowest candidate whose forecast price is within ``most`` points.
+def within_loss(steps: Sequence[T], priced: Callable[[T], Candidate], most: float) -> Decision:
+    """The narrowest candidate whose forecast price is within ``most`` points, by bisection: prices rise with the cut.
+
+    Args:
+        steps: what can be priced, from mild to strong.
 
     Example:
         >>> mild, strong = (Candidate(s, {}, s, None, 0.0, p) for s, p in ((0.5, 0.1), (0.25, 0.9)))
-        >>> within_loss([mild, strong], 0.2).chosen.share
+        >>> within_loss([mild, strong], lambda c: c, 0.2).chosen.share
         0.5
-        >>> print(within_loss([strong], 0.2).reason)
+        >>> print(within_loss([strong], lambda c: c, 0.2).reason)
         this network is not over-wide: folding to 0.25 would cost about 0.9 points, more than 0.2
     """
-    good = [c for c in found if c.price is not None and c.price <= most]
+    found = [priced(steps[0])] if steps else []
+    low, high = 0, len(steps)
+    while found and _good(found[0], most) and high - low > 1:
+        middle = (low + high) // 2
+        found.append(priced(steps[middle]))
+        low, high = (middle, high) if _good(found[-1], most) else (low, middle)
+    good = [c for c in found if _good(c, most)]
     if good:
         best = min(good, key=lambda c: c.macs)
         return Decision(
@@ -150,22 +157,33 @@ def within_loss(found: Sequence[Candidate], most: float) -> Decision:
     return Decision(None, reason, reached=False)
 
 
-def for_time(found: Sequence[Candidate], latency: Latency, total_macs: float, done: float, goal: float) -> Decision:
+def _good(candidate: Candidate, most: float) -> bool:
+    return candidate.price is not None and candidate.price <= most
+
+
+def for_time(
+    steps: Sequence[T],
+    macs: Sequence[float],
+    priced: Callable[[T], Candidate],
+    latency: Latency,
+    done: float,
+    goal: float,
+) -> Decision:
     """The widest candidate with which the rest of the run still meets the goal.
 
     Args:
+        steps: what can be priced, from mild to strong, with the MACs that each leaves.
         done: share of the run that is over.
         goal: share of the dense run's time to save: done + (1 - done) ratio <= 1 - goal.
     """
-    if not found:
+    if not steps:
         return Decision(None, "no group can be made narrower on the grid of widths", reached=False)
     most = (1 - goal - done) / (1 - done)
-    ratios = [round(latency.ratio(c.macs * total_macs), 2) for c in found]
-    for c, ratio in zip(found, ratios, strict=True):
+    ratios = [round(latency.ratio(n), 2) for n in macs]
+    for step, ratio in zip(steps, ratios, strict=True):
         if ratio <= most:
             reason = f"the widest widths whose step takes {ratio:g} of the time, {most:.2f} being enough"
-            return Decision(c, reason, True, ratio)
-    c, ratio = found[-1], ratios[-1]
-    saved = 1 - done - (1 - done) * ratio
+            return Decision(priced(step), reason, True, ratio)
+    saved = (1 - done) * (1 - ratios[-1])
     reason = f"even the narrowest widths save {saved:.0%} of the time, less than {goal:.0%}"
-    return Decision(c, reason, reached=False, ratio=ratio)
+    return Decision(priced(steps[-1]), reason, reached=False, ratio=ratios[-1])

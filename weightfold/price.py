@@ -155,14 +155,16 @@ def _record(
 ) -> tuple[dict[tuple[str, Key], Trail], int, float | None]:
     opened = {(g.name, a.key): _Open(a) for g in groups for a in g.role("read") if a.tap is not None}
     size = _size(targets, inputs)
-    grads = {name: p.grad for name, p in model.named_parameters()}
+    held = [(p, p.grad) for p in model.parameters()]
+    for p, _ in held:
+        p.grad = None
     with probing(model), torch.enable_grad(), _recording(model, opened):
         with autocast():
             outputs = model(inputs)
             value = loss(outputs, targets)
         value.backward()
-    for name, p in model.named_parameters():
-        p.grad = grads[name]
+    for p, grad in held:
+        p.grad = grad
     found = {key: trail for key, o in opened.items() if (trail := _trail(o, size, first)) is not None}
     return found, size, error_percent(outputs, targets)
 

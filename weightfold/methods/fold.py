@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +33,7 @@ from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.latency import Latency, measure
 from weightfold.methods.base import Key, Method, Moment, Proposal
-from weightfold.plan import REPAY, SHARES, Candidate, Decision, candidate, candidates, for_time, knapsack, within_loss
+from weightfold.plan import REPAY, SHARES, Candidate, Decision, candidate, for_time, knapsack, ladder, within_loss
 from weightfold.price import Trails, trails
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
 from weightfold.size import MacModel
@@ -272,25 +272,31 @@ class Fold(Method):
                 remedy="Use the dial 'time_goal', or give 'keep' and 'at'.",
             )
         macs = MacModel.of(moment.model, moment.graph, moment.example)
-        found = candidates(jobs, found_trails, macs, self._grid(moment))
-        decision = self._decide(moment, jobs, found, macs, found_trails)
+        found: list[Candidate] = []
+
+        def priced(widths: Mapping[str, int]) -> Candidate:
+            found.append(candidate(jobs, found_trails, macs, widths))
+            return found[-1]
+
+        decision = self._decide(moment, jobs, macs, priced)
         decision = self._repaid(moment, decision, macs, time.perf_counter() - started)
         self.decision = decision
         self._tell(moment, found, decision, found_trails, time.perf_counter() - started)
         return [] if decision.chosen is None else self._proposals(jobs, decision.chosen.widths)
 
     def _decide(
-        self, moment: Moment, jobs: Sequence[Job], found: Sequence[Candidate], macs: MacModel, by: Trails
+        self, moment: Moment, jobs: Sequence[Job], macs: MacModel, priced: Callable[[Mapping[str, int]], Candidate]
     ) -> Decision:
+        steps = ladder(jobs, self._grid(moment))
         if self.config.time_goal is not None:
-            table = self._timed(moment, macs, [found[-1], found[len(found) // 2]] if found else [])
+            table = self._timed(moment, macs, [steps[-1], steps[len(steps) // 2]] if steps else [])
             done = moment.step / moment.total_steps
-            decision = for_time(found, table, macs.total, done, self.config.time_goal)
+            decision = for_time(steps, [macs.at(w) for w in steps], priced, table, done, self.config.time_goal)
         else:
-            decision = within_loss(found, self.config.max_accuracy_loss)
+            decision = within_loss(steps, priced, self.config.max_accuracy_loss)
         if decision.chosen is not None and self.config.allocation == "knapsack":
             widths = knapsack(jobs, macs, decision.chosen, self._grid(moment))
-            decision = Decision(candidate(jobs, by, macs, widths), decision.reason, decision.reached)
+            decision = Decision(priced(widths), decision.reason, decision.reached)
         return decision
 
     def _repaid(self, moment: Moment, decision: Decision, macs: MacModel, spent: float) -> Decision:
@@ -298,7 +304,7 @@ class Fold(Method):
         chosen = decision.chosen
         if chosen is None:
             return decision
-        table = self._timed(moment, macs, [chosen])
+        table = self._timed(moment, macs, [chosen.widths])
         ratio = table.ratio(chosen.macs * macs.total)
         each = moment.seconds_per_step or table.rows[0].seconds
         saved = each * (1 - ratio) * (moment.total_steps - moment.step)
@@ -308,15 +314,15 @@ class Fold(Method):
             return Decision(None, reason, reached=False, ratio=round(ratio, 2))
         return Decision(chosen, decision.reason, decision.reached, round(ratio, 2))
 
-    def _timed(self, moment: Moment, macs: MacModel, plans: Sequence[Candidate]) -> Latency:
-        """Times of training steps: as recorded, or measured at these candidates and at the network as it is."""
+    def _timed(self, moment: Moment, macs: MacModel, plans: Sequence[Mapping[str, int]]) -> Latency:
+        """Times of training steps: as recorded, or measured at these widths and at the network as it is."""
         if self.config.latency is not None:
             return Latency.recorded(self.config.latency, macs.total)
         assert moment.loss is not None
         known = [] if self._latency is None else list(self._latency.rows)
         have = {round(row.macs) for row in known}
-        wanted = [({}, float(macs.total))] if not known else []
-        wanted += [(dict(c.widths), c.macs * macs.total) for c in plans if round(c.macs * macs.total) not in have]
+        wanted: list[tuple[dict[str, int], float]] = [({}, float(macs.total))] if not known else []
+        wanted += [(dict(widths), macs.at(widths)) for widths in plans if round(macs.at(widths)) not in have]
         rows = measure(
             moment.model, moment.graph, wanted, moment.probe[0], moment.loss, moment.optimizers, moment.autocast
         ).rows
