@@ -295,6 +295,23 @@ def test_a_permuted_copy_is_found_and_tied_at_no_cost() -> None:
     assert tie.bonds() == [("blocks.0", "blocks.1", 0)]
 
 
+def test_a_layer_with_copies_takes_in_earlier_ones_too() -> None:
+    model, batches = deep(depth=4), data()
+    with torch.no_grad():
+        model.blocks[3].load_state_dict(model.blocks[2].state_dict())
+    n = parameters(model)
+    tie = Tie(layers="blocks.?", similarity=-1, max_increase=1e9)
+    tie.prepare(model, loss=F.cross_entropy, probe=batches)
+    tie.once()
+    assert tie.bonds()[0] == ("blocks.2", "blocks.3", 0)
+    assert parameters(model) <= n - 2 * 2 * 12 * 8
+    again = Tie(layers="blocks.?")
+    again.prepare(deep(depth=4), loss=F.cross_entropy, probe=batches)
+    again.load_state_dict(tie.state_dict())
+    assert again.bonds() == tie.bonds()
+    assert parameters(again.model) == parameters(model)
+
+
 def test_a_tie_that_costs_too_much_is_refused_bit_for_bit() -> None:
     model, batches = deep(), data()
     optimizer = torch.optim.Adam(model.parameters())

@@ -19,7 +19,7 @@ agent. Relaxation: Bae et al. 2024, arXiv 2410.20672.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -217,14 +217,16 @@ class Tie:
         return events
 
     def _candidates(self) -> list[Pair]:
-        """Pairs that may still be tried, as alike as they are once aligned."""
-        copies = {bond.pair.copy for bond in self._bonds}
+        """Pairs that may still be tried, as alike as they are once aligned; a layer with copies is the one to stay."""
+        kept, copies = ({getattr(bond.pair, side) for bond in self._bonds} for side in ("kept", "copy"))
+        either = (pair.turned() if pair.copy in kept else pair for pair in pairs(self.model, self.config.layers))
         open_ = [
             pair
-            for pair in pairs(self.model, self.config.layers)
-            if (pair.kept, pair.copy) not in self._forbidden and not copies & {pair.kept, pair.copy}
-            and not any(bond.pair.kept == pair.copy for bond in self._bonds)
-        ]  # fmt: skip
+            for pair in either
+            if (pair.kept, pair.copy) not in self._forbidden
+            and pair.copy not in kept
+            and not copies & {pair.kept, pair.copy}
+        ]
         if not open_ or self.example is None or not self.config.align:
             return open_
         graph = self._graph()
@@ -241,10 +243,11 @@ class Tie:
         if not inner_groups(graph, pair.kept, pair.copy):
             return pair
         _, undos = align_(self.model, graph, pair.kept, pair.copy, self._optimizers)
-        aligned = next(p for p in pairs(self.model, self.config.layers) if (p.kept, p.copy) == (pair.kept, pair.copy))
+        both = {pair.kept, pair.copy}
+        aligned = next(p for p in pairs(self.model, self.config.layers) if {p.kept, p.copy} == both)
         for undo in reversed(undos):
             undo.restore()
-        return aligned
+        return replace(pair, similarity=aligned.similarity)
 
     def _try(self, pair: Pair) -> TieEvent:
         before, undos = self._losses(), self._align(pair)
@@ -356,7 +359,8 @@ class Tie:
         Raises:
             ConfigError: a recorded pair of layers does not exist.
         """
-        found = {(pair.kept, pair.copy): pair for pair in pairs(self.model, self.config.layers)}
+        either = (p for pair in pairs(self.model, self.config.layers) for p in (pair, pair.turned()))
+        found = {(pair.kept, pair.copy): pair for pair in either}
         for kept, copy, relaxed, before, since, watched in state["bonds"]:
             if (kept, copy) not in found:
                 raise ConfigError(f"'{kept}' and '{copy}' of the recorded run are no pair of layers of this network.")

@@ -31,6 +31,10 @@ class Pair:
     tensors: tuple[tuple[str, str], ...]
     similarity: float
 
+    def turned(self) -> Pair:
+        """The same pair, the other layer being kept."""
+        return Pair(self.copy, self.kept, tuple((b, a) for a, b in self.tensors), self.similarity)
+
 
 def pairs(model: nn.Module, layers: str | None = None) -> list[Pair]:
     """Pairs of modules of one kind with weights of the same shapes, the most alike first.
