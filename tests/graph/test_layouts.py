@@ -145,15 +145,21 @@ class Masked(nn.Module):
 
 
 class Rearranged(nn.Module):
-    """Channels in an order that is written down as a list."""
+    """Channels in an order that is written down as a list, and perhaps overwritten."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, overwritten: bool = False) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.overwritten = overwritten
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.tanh(self.one(x))
-        return self.two(y[..., [3, 1, 0, 5, 4, 2]] + y.exp())
+        order = torch.tensor([1, 0, 2, 3, 4, 5] if self.overwritten else [3, 1, 0, 5, 4, 2])
+        if self.overwritten:
+            seen = order.view(-1)
+            order.neg_().add_(5)
+            order = seen
+        return self.two(y[..., order] + y.exp())
 
 
 class Windowed(nn.Module):
@@ -212,6 +218,7 @@ NETS: dict[str, Any] = {
     "stacked mask": (lambda: Masked("stack"), []),
     "written mask": (lambda: Masked("write"), []),
     "rearranged": (Rearranged, []),
+    "rearranged, overwritten": (lambda: Rearranged(overwritten=True), []),
     "windows": (Windowed, [("one.weight", "channels")]),
     "branch on constants": (lambda: Branching("ones"), [("one.weight", "channels"), ("mid.weight", "channels")]),
 }

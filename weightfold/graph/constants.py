@@ -10,6 +10,7 @@ import operator
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -21,7 +22,7 @@ def export_with_constant_branches(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram | None:
     """Export a model along the branches that the example takes; None if one of them depends on more than constants."""
-    with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
+    with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
         program = torch.export.export(
             model, args, kwargs, strict=False, prefer_deferred_runtime_asserts_over_guards=True
         )

@@ -287,6 +287,8 @@ class Interpreter:
         target = node.args[0]
         if not isinstance(target, torch.fx.Node) or not isinstance(env.get(target), Value):
             return
+        if env[target].known is not None:
+            _forget_numbers(env)
         env[target] = result
         base, unary = target, len(rules.values_in(args)) == 1
         while base.op == "call_function" and _is_view(base) and isinstance(base.args[0], torch.fx.Node):
@@ -305,6 +307,13 @@ class Interpreter:
                 for value in (old, *rules.values_in(args)):
                     self.store.freeze(value, "is written in place through a view")
                 env[base] = Value(old.shape)
+
+
+def _forget_numbers(env: dict[torch.fx.Node, Any]) -> None:
+    """Known numbers were overwritten, and others may view the same memory: none counts as known any more."""
+    for node, value in env.items():
+        if isinstance(value, Value) and value.known is not None:
+            env[node] = replace(value, known=None)
 
 
 def _is_view(node: torch.fx.Node) -> bool:

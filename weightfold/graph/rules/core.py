@@ -93,9 +93,10 @@ def node_name(node: torch.fx.Node) -> str:
 
 
 def in_place(node: torch.fx.Node) -> bool:
+    """Whether an operator writes into its first argument (``detach_`` does not, for all its name)."""
     packet = getattr(node.target, "overloadpacket", None)
     name = getattr(packet, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    return name.endswith("_") and not name.endswith("__") and name != "detach_"
 
 
 def module_path(node: torch.fx.Node) -> str | None:
