@@ -39,6 +39,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "latency": ("gate", "graph", "widths"),
         "price": ("gate", "graph"),
         "forecast": (),
+        "collapse": ("graph",),
         "folding": ("graph", "price", "redundancy"),
         "plan": ("folding", "forecast", "latency", "price", "size", "widths"),
         "ranks": (),
