@@ -36,7 +36,7 @@ def run(
 ) -> tuple[nn.Module, Compressor, list[float]]:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    settings = {"keep": 0.5, "start": 0.1, "at": 0.8, "strength": 1.0} | settings
+    settings = {"keep": 0.5, "start": 0.1, "at": 0.8, "strength": 6.0} | settings
     compressor = Compressor(
         model, torch.zeros(2, 2, 6, 6), [Attract(**settings)], loss=F.cross_entropy, probe=data(4, 9),
         total_steps=STEPS, max_increase=max_increase, ledger=ledger,
