@@ -1,6 +1,6 @@
 """Coverage of the channel graph: which architectures trace, what is free, and whether any admitted edit is wrong.
 
-    python benchmarks/coverage.py [--workers 2] [--only PART] [--out FILE] [--torch-pruning FILE]
+    python benchmarks/coverage.py [--workers 2] [--only PART] [--out FILE [--resume]] [--torch-pruning FILE]
 
 For every architecture of `architectures.py` (random weights, float64 throughout): trace, find the attributes that must
 follow a size, then on every group every exactness check that its admitted edits allow: random permutation, rescale,
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--stride", type=int, default=1, help="check every n-th architecture only")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file already holds")
     parser.add_argument("--torch-pruning", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -270,7 +271,8 @@ def main() -> None:
 
     names = [a.name for a in architectures() if options.only in a.name]
     names = names[:: options.stride] if options.stride > 1 else names
-    rows = []
+    rows = json.loads(options.out.read_text())["rows"] if options.resume else []
+    names = [name for name in names if name not in {row["name"] for row in rows}]
     with ThreadPoolExecutor(options.workers) as pool:
         for row in pool.map(run_one, names):
             rows.append(row)
