@@ -169,6 +169,14 @@ def test_forced_decisions_hold_where_the_method_would_decide_otherwise(trained: 
     assert read_history(tmp_path / "forced").widths() == history.widths()
 
 
+def test_a_run_with_an_edit_undone_afterwards_is_still_replayed(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    undo_run(out, force=True)
+    facts = train_again(out, tmp_path / "again")
+    assert (facts["same_structure"], facts["same_weights"]) == (True, True), "compared with the network as trained"
+
+
 def test_the_first_step_that_differs_is_named(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "other"
     shutil.copytree(trained, out)

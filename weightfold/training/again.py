@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,9 @@ def train_again(
     with Ledger.open(out / files.LEDGER, readonly=True) as ledger:
         other, other_losses = read(ledger), ledger.metrics("folded/loss")
     first, second = _result(history), _result(other)
-    same_structure = all(first["arms"]["folded"][k] == second["arms"]["folded"][k] for k in ("widths", "parameters"))
-    same_kept = all(history.survivors(name) == other.survivors(name) for name in _edited(history))
-    same_weights = first["arms"]["folded"]["fingerprint"] == second["arms"]["folded"]["fingerprint"]
     return {
         "edits": len(other.changes),
-        "same_structure": same_structure and same_kept,
-        "same_weights": same_weights,
+        **_sameness(history, other, first["arms"]["folded"], second["arms"]["folded"]),
         "same_start": again["initial_weights"] == run["initial_weights"],
         "same_data": again["data"]["fingerprint"] == run["data"]["fingerprint"],
         "first_difference": _first_difference(run, again, losses, other_losses, first, second),
@@ -125,6 +121,23 @@ def train_again(
         "devices": [run["device"], again["device"]],
         "heads": [history.head, other.head],
     }
+
+
+def _sameness(history: History, other: History, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, bool]:
+    """Compare the edits of two runs, and what their networks measured at the end."""
+    sizes = all(first[key] == second[key] for key in ("widths", "parameters"))
+    kept = [(c.step, c.group, c.carry, c.after, c.undone is None) for c in _in_training(history)]
+    kept_again = [(c.step, c.group, c.carry, c.after, c.undone is None) for c in _in_training(other)]
+    return {
+        "same_structure": sizes and kept == kept_again,
+        "same_weights": first["fingerprint"] == second["fingerprint"],
+    }
+
+
+def _in_training(history: History) -> list[Change]:
+    """Edits as they stood when the run ended: what was taken back after its result counts as standing."""
+    end = next((entry.seq for entry in reversed(history.entries) if entry.kind == "result"), len(history.entries))
+    return [replace(c, undone=None) if c.undone is not None and c.undone.seq > end else c for c in history.changes]
 
 
 def read(ledger: Ledger) -> History:
@@ -166,10 +179,6 @@ def _config(run: Mapping[str, Any], threads: int | None, device: str | None, mak
     _check_maker(settings["model"], Path("run.json"), maker)
     changes = {"dense": False, "threads": threads or run["threads"], "device": device or settings["device"]}
     return TrainConfig(**{**settings, **changes, "model": maker or settings["model"]})
-
-
-def _edited(history: History) -> list[str]:
-    return list(dict.fromkeys(change.group for change in history.changes))
 
 
 def _result(history: History) -> Mapping[str, Any]:
