@@ -16,7 +16,7 @@ The user keeps the training loop::
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -32,16 +32,16 @@ from weightfold.graph.apply import Companion, Undo, find_tensor
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import Example, trace
-from weightfold.history import Event, attempt_record, graph_record, undo_bytes
+from weightfold.history import Event, attempt_record, graph_record, in_words, undo_bytes
 from weightfold.ledger import Ledger
-from weightfold.methods.base import Method, Moment, Proposal
-from weightfold.ranks import Ranks, rewrapped, unwrapped
+from weightfold.methods.base import Method, Moment, Proposal, Refused
+from weightfold.ranks import Ranks, rewrapped, uncompiled, unwrapped
 from weightfold.size import macs, parameters
-from weightfold.surgeon import Surgeon, check_finite
+from weightfold.surgeon import Surgeon, check_finite, check_shapes
 from weightfold.watching import Watcher
 
 STALE = 10
-"""Steps without a step of any known optimiser after which they count as swapped."""
+"""Steps without a step of any known optimiser after which, if the weights move all the same, it counts as swapped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,10 @@ class Compressor:
         seed: seeds the only generator that methods may use.
         max_increase: how much one event may raise the probe loss (its upper 95 % bound), in the loss's unit.
         keep_undo: store what each edit replaces in the ledger, so that it can be undone later.
+        ranks: the processes that decide as one; by default those of a DistributedDataParallel model.
 
     Attributes:
+        network: what to call in the loop; an event wraps it anew.
         frozen: groups that an undone event has closed.
 
     Raises:
@@ -94,6 +96,7 @@ class Compressor:
         seed: int = 0,
         max_increase: float = 0.1,
         keep_undo: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         if probe and loss is None:
             raise ConfigError("A probe needs a loss to be measured by.", remedy="Pass loss=your_loss_function.")
@@ -111,13 +114,14 @@ class Compressor:
         self.events: list[Event] = []
         self.frozen: set[str] = set()
         self._seconds = {"prepare": 0.0, "planning": 0.0, "surgery": 0.0, "gate": 0.0}
-        self._ranks = Ranks.of(model)
+        self._ranks = Ranks.of(model) if ranks is None else ranks
         self._step = 0
         self._surgeon: Surgeon | None = None
-        self._watcher = Watcher(self.model)
+        self._watcher = Watcher(model)
         self._watch: _Watch | None = None
         self._handles: list[Any] = []
         self._last_update = 0
+        self._version = 0
 
     @property
     def graph(self) -> ChannelGraph:
@@ -160,7 +164,7 @@ class Compressor:
             TraceError: a forward that fails on the example or branches on data.
             DataError: probe batches that the model does not take, or that are all of one class.
         """
-        with self._timed("prepare"):
+        with self._timed("prepare"), uncompiled(self.network):
             if self._surgeon is None:
                 self._surgeon = self._first_look(() if optimizer is None else _as_tuple(optimizer), averaged)
             else:
@@ -198,12 +202,16 @@ class Compressor:
         """Notice each step of the known optimisers."""
         for handle in self._handles:
             handle.remove()
-        self._last_update = self._step
+        self._last_update, self._version = self._step, self._weights_version()
 
         def note(*_: Any) -> None:
-            self._last_update = self._step + 1
+            self._last_update, self._version = self._step + 1, self._weights_version()
 
         self._handles = [optimizer.register_step_post_hook(note) for optimizer in self._hands.optimizers]
+
+    def _weights_version(self) -> int:
+        """Grows whenever a weight is written; a step that a gradient scaler skips writes none."""
+        return sum(p._version for p in self.model.parameters())
 
     # in training ----------------------------------------------------------------------------------------------------
 
@@ -222,7 +230,8 @@ class Compressor:
         events: list[Event] = []
         if self._may_act():
             self._watcher.rest()
-            events = self._decide()
+            events = self._decided(lambda: [*self._look_back(), *self._run_methods()])
+            self.events += events
             self._watcher.pause()
         self._observe()
         return events
@@ -231,44 +240,59 @@ class Compressor:
         due = self._watch is not None and self._step >= self._watch.due
         return due or any(m.acts(self._step, self.total_steps) for m in self.methods)
 
-    def _decide(self) -> list[Event]:
-        """Look back, then ask the methods; in a distributed run the first rank does, and the others do as it did."""
-        self._hands.journal = []
-        if self._ranks.leads:
-            try:
-                events = [*self._look_back(), *self._run_methods()]
-            except BaseException as error:
-                self._ranks.shared(f"{type(error).__name__}: {error}")
-                raise
-            self._ranks.shared((self._hands.journal, [asdict(e) for e in events], self._watch, self.frozen))
-        else:
-            events = self._obey(self._ranks.shared(None))
-        if self._hands.journal:
-            self.network = rewrapped(self.network)
-        self.events += events
+    def _decided(self, decide: Callable[[], list[Event]]) -> list[Event]:
+        """Act: in a distributed run the first rank does, and the others do as it did."""
+        moved = self._version != self._weights_version()
+        self._hands.journal, self._hands.touched = [], False
+        with uncompiled(self.network):
+            events = self._ranks.agreed(decide, self._told, self._obey)
+        if self._hands.touched:
+            self._wrap_anew()
+            self._version = -1 if moved else self._weights_version()
         return events
 
-    def _obey(self, decision: Any) -> list[Event]:
+    def _wrap_anew(self) -> None:
+        self.network = rewrapped(self.network)
+        self._watcher.follow(self.network)
+
+    def _told(self, events: Sequence[Event]) -> dict[str, Any]:
+        """What the first rank has done, for the others."""
+        return {
+            "journal": self._hands.journal,
+            "touched": self._hands.touched,
+            "held": sum(applied.undo is not None for applied in self._hands.applied),
+            "events": [asdict(event) for event in events],
+            "watch": self._watch,
+            "frozen": self.frozen,
+            "methods": [method.shared_state() for method in self.methods],
+            "generator": self.generator.get_state(),
+        }
+
+    def _obey(self, told: Any) -> list[Event]:
         """Do what the first rank did."""
-        if isinstance(decision, str):
-            raise EditError(f"The first rank failed: {decision}")
-        journal, events, watch, self.frozen = decision
-        self._hands.obey(journal)
-        self._watch = watch
-        if journal:
-            self._watcher.clear()
-        return [Event.from_state(event) for event in events]
+        self._hands.obey(told["journal"])
+        self._hands.forget(told["held"])
+        self._hands.touched, self._watch, self.frozen = told["touched"], told["watch"], told["frozen"]
+        self.generator.set_state(told["generator"])
+        for method, state in zip(self.methods, told["methods"], strict=True):
+            method.load_state_dict(state)
+        return [Event.from_state(event) for event in told["events"]]
 
     def once(self, batches: Iterable[Any] = ()) -> list[Event]:
         """Compress a trained network at once.
 
         Args:
-            batches: unlabelled input batches for the statistics, as the model takes them (a tensor, or a tuple).
+            batches: unlabelled input batches for the statistics, as the model takes them (a tensor, or a tuple); in a
+                distributed run those of the first rank count.
         """
         total, self.total_steps = self.total_steps, 0
-        try:
+
+        def decide() -> list[Event]:
             self._watcher.statistics = self._watcher.observed(self.graph, batches)
-            events = self._run_methods()
+            return self._run_methods()
+
+        try:
+            events = self._decided(decide)
             self.events += events
             return events
         finally:
@@ -277,8 +301,8 @@ class Compressor:
 
     def convert(self) -> nn.Module:
         """Finish: the plain module, without anything of ours in it."""
-        if self._watch is not None and self.probe:
-            self.events += self._look_back(last=True)
+        if self._watch is not None:
+            self.events += self._decided(lambda: self._look_back(last=True))
         self._watcher.rest()
         for handle in self._handles:
             handle.remove()
@@ -297,7 +321,7 @@ class Compressor:
         """
         edit = self._hands.undo()
         self._watch = None
-        self.network = rewrapped(self.network)
+        self._wrap_anew()
         body = {"group": edit.group, "step": self._step, "fingerprint": fingerprint(self.model)}
         self._record("undo", {**body, "how": "as it was"})
 
@@ -305,7 +329,8 @@ class Compressor:
 
     def _observe(self) -> None:
         """Put hooks on for the next forward when a method wants statistics of it, off otherwise."""
-        if self.total_steps > 0 and any(m.observes(self._step, self.total_steps) for m in self.methods):
+        wanted = self._ranks.leads and any(m.observes(self._step, self.total_steps) for m in self.methods)
+        if self.total_steps > 0 and wanted:
             self._watcher.watch(self.graph)
         else:
             self._watcher.rest()
@@ -336,6 +361,7 @@ class Compressor:
             if self.total_steps and not method.acts(self._step, self.total_steps):
                 continue
             try:
+                check_shapes(self.model, self.graph)
                 if self.total_steps:
                     self._fill_statistics(method)
                 with self._timed("planning"):
@@ -343,7 +369,9 @@ class Compressor:
                 if proposals:
                     self._check_still_ours()
             except WeightfoldError as error:
-                self._record("refusal", {"method": method.name, "step": self._step, "why": str(error)})
+                weighed = (error.body, error.aside) if isinstance(error, Refused) else ({}, {})
+                body = {"method": method.name, "step": self._step, "why": str(error)}
+                self._record("refusal", {**weighed[0], **body}, weighed[1])
                 events.append(Event(self._step, "", method.name, 0, 0, False, str(error)))
                 continue
             events += self._try_all(method, proposals)
@@ -352,8 +380,8 @@ class Compressor:
         return events
 
     def _fill_statistics(self, method: Method) -> None:
-        """Hooks do not run in a compiled forward: take the probe instead."""
-        silent = self.network is not self.model and not self._watcher.statistics
+        """Where hooks see nothing, take the probe instead."""
+        silent = self._watcher.blind or not self._watcher.statistics
         if silent and self.probe and method.observes(self._step - 1, self.total_steps):
             self._watcher.statistics = self._watcher.observed(self.graph, [inputs for inputs, _ in self.probe])
 
@@ -365,7 +393,8 @@ class Compressor:
             DataError: the probe is smaller than a training batch.
         """
         optim.assert_live(self.model, self._hands.optimizers)
-        if self._hands.optimizers and self._step - self._last_update > STALE:
+        idle = self._step - self._last_update > STALE and self._version != self._weights_version()
+        if self._hands.optimizers and idle:
             raise EditError(
                 f"No known optimiser has stepped since step {self._last_update}: it was swapped.",
                 remedy="Call prepare(new_optimizer) after building it.",
@@ -524,7 +553,7 @@ class Compressor:
         with self._timed("surgery"):
             self._hands.unfold(n_edits)
         self._watch = None
-        self.network = rewrapped(self.network)
+        self._wrap_anew()
 
     def _look_back(self, *, last: bool = False) -> list[Event]:
         """When an event's time is up: unfold it and close its groups if the loss is still above where it was."""
@@ -536,7 +565,8 @@ class Compressor:
         back = reading.lower <= 0
         groups = [applied.edit.group for applied in self._hands.applied[-watch.n_edits :]]
         body = {"step": self._step, "groups": groups, "before": reading.before, "after": reading.after}
-        self._record("watch", {**body, "lower": reading.lower, "recovered": back})
+        body = in_words(body)
+        self._record("watch", in_words({**body, "lower": reading.lower, "recovered": back}))
         if back or not _finite(reading.mean):
             self._hands.forget(1)
             return []
@@ -597,7 +627,7 @@ class Compressor:
         self.frozen = set(state["frozen"])
         if state["watch"] is not None:
             self._watch = _Watch(int(state["watch"][0]), tuple(state["watch"][1]), len(state["undo"]))
-        self.network = rewrapped(self.network)
+        self._wrap_anew()
         self._observe()
 
 

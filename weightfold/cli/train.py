@@ -62,6 +62,12 @@ def train(
     method: Annotated[Method, typer.Option(help="What makes the second network smaller.")] = Method.fold,
     keep: Annotated[float, typer.Option(help="Share of the channels to keep.")] = 0.5,
     at: Annotated[float, typer.Option(help="When to act, as a share of the steps.")] = 0.1,
+    max_accuracy_loss: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="Dial: fold as far as this costs; in place of keep and at.")
+    ] = None,
+    time_goal: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Dial: fold as far as this saves; in place of keep and at.")
+    ] = None,
     max_increase: Annotated[float, typer.Option(help="Largest rise of the probe loss that is accepted.")] = 0.1,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense network.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/DATA")] = None,
@@ -90,6 +96,8 @@ def train(
         "method": method.value,
         "keep": keep,
         "at": at,
+        "max_accuracy_loss": max_accuracy_loss,
+        "time_goal": time_goal,
         "max_increase": max_increase,
         "dense": not no_dense,
         "device": device.value,
@@ -221,5 +229,6 @@ def remarks(results: dict[str, Any]) -> list[str]:
             f"{folded['event_seconds']:.1f} for {n_done} of {len(folded['events'])} proposed edits accepted."
         )
         if not n_done:
-            lines.append("[red]No edit was accepted:[/] the network kept its widths; see weightfold ledger show.")
+            why = next((event["reason"] for event in folded["events"]), "see weightfold ledger show")
+            lines.append(f"[red]No edit was accepted,[/] the network kept its widths: {why}.")
     return lines

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.config import Config
+from weightfold.errors import WeightfoldError
 from weightfold.gate import Batch, Loss
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph
@@ -54,7 +55,7 @@ class Moment:
     frozen: Collection[str] = ()
     seconds_per_step: float | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    record: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda kind, body, aside: None
+    record: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda *_: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,19 @@ class Proposal:
     why: dict[str, Any] = field(default_factory=dict)
     predicted: float | None = None
     less: Callable[[], Proposal | None] = lambda: None
+
+
+class Refused(WeightfoldError):
+    """A method has looked and decided against any edit: the run goes on as it is, and the reason is recorded.
+
+    Args:
+        body: what was weighed, for the ledger.
+        aside: facts of the clock.
+    """
+
+    def __init__(self, message: str, body: Mapping[str, Any], aside: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.body, self.aside = dict(body), dict(aside)
 
 
 class Method:
@@ -114,3 +128,7 @@ class Method:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of an interrupted run."""
+
+    def shared_state(self) -> dict[str, Any]:
+        """What the other ranks of a distributed run take up after this one has decided; all of the state by default."""
+        return self.state_dict()

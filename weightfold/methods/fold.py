@@ -32,7 +32,7 @@ from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.latency import Latency, measure
-from weightfold.methods.base import Key, Method, Moment, Proposal
+from weightfold.methods.base import Key, Method, Moment, Proposal, Refused
 from weightfold.plan import REPAY, SHARES, Candidate, Decision, candidate, for_time, knapsack, ladder, within_loss
 from weightfold.price import Trails, trails
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
@@ -281,8 +281,11 @@ class Fold(Method):
         decision = self._decide(moment, jobs, macs, priced)
         decision = self._repaid(moment, decision, macs, time.perf_counter() - started)
         self.decision = decision
-        self._tell(moment, found, decision, found_trails, time.perf_counter() - started)
-        return [] if decision.chosen is None else self._proposals(jobs, decision.chosen.widths)
+        body, aside = self._account(moment, found, decision, found_trails, time.perf_counter() - started)
+        if decision.chosen is None:
+            raise Refused(decision.reason, body, aside)
+        moment.record("plan", body, aside)
+        return self._proposals(jobs, decision.chosen.widths)
 
     def _decide(
         self, moment: Moment, jobs: Sequence[Job], macs: MacModel, priced: Callable[[Mapping[str, int]], Candidate]
@@ -329,8 +332,10 @@ class Fold(Method):
         self._latency = Latency((*known, *rows))
         return self._latency
 
-    def _tell(self, moment: Moment, found: Sequence[Candidate], decision: Decision, by: Trails, seconds: float) -> None:
-        """Record what was weighed; times stay aside, for they differ from run to run."""
+    def _account(
+        self, moment: Moment, found: Sequence[Candidate], decision: Decision, by: Trails, seconds: float
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What was weighed, for the ledger; times stay aside, for they differ from run to run."""
         chosen = decision.chosen
         body = {
             "method": self.name,
@@ -352,7 +357,7 @@ class Fold(Method):
             "seconds": seconds,
             "seconds_per_step": moment.seconds_per_step,
         }
-        moment.record("plan" if chosen is not None else "refusal", body, aside)
+        return body, aside
 
     # which ----------------------------------------------------------------------------------------------------------
 
@@ -431,6 +436,10 @@ class Fold(Method):
     def state_dict(self) -> dict[str, Any]:
         seen = [{f"{t}|{d}": moment.to_state() for (t, d), moment in found.items()} for found in self._seen]
         return {"done": self._done, "settled": self._settled, "signature": dict(self._signature), "seen": seen}
+
+    def shared_state(self) -> dict[str, Any]:
+        """All but the statistics, which the first rank alone takes."""
+        return {"done": self._done, "settled": self._settled, "signature": dict(self._signature), "seen": []}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._done, self._settled = bool(state["done"]), int(state["settled"])

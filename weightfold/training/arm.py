@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weightfold.artifact import Structure
 from weightfold.data.dataset import Batch
+from weightfold.errors import ConfigError
 from weightfold.export.blueprint import Blueprint, rebuild_
 from weightfold.ledger import Ledger
 from weightfold.models import TaskSpec
@@ -235,6 +236,14 @@ def make_method(config: TrainConfig) -> Method:
         if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
     settings: dict[str, Any] = {"keep": config.keep, "at": config.at}
+    for dial in ("max_accuracy_loss", "time_goal"):
+        if getattr(config, dial) is not None:
+            settings = {dial: getattr(config, dial)}
+    if len(settings) == 1 and config.method != "fold":
+        raise ConfigError(
+            f"The method '{config.method}' has no '{next(iter(settings))}'.",
+            remedy="Give keep= and at=, or method='fold'.",
+        )
     if "stats_batches" in found[0].Config.model_fields:
         settings["stats_batches"] = max(16, -(-N_STATS // config.batch_size))
     return found[0](**settings)

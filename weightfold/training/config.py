@@ -43,6 +43,10 @@ class TrainConfig(Config):
     """what makes the second network smaller; none trains the dense one alone"""
     keep: float = Field(default=0.5, gt=0, le=1)
     """share of the channels that the method keeps"""
+    max_accuracy_loss: float | None = Field(default=None, ge=0)
+    """points of accuracy that folding may cost, in place of `keep` and `at`"""
+    time_goal: float | None = Field(default=None, gt=0, lt=1)
+    """share of the training time to save, in place of `keep` and `at`"""
     at: float = Field(default=0.1, ge=0, le=1)
     """when it acts, as a share of the steps"""
     max_increase: float = Field(default=0.1, ge=0, allow_inf_nan=False)
