@@ -44,6 +44,23 @@ class SharedKey(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class SharedAngles(nn.Module):
+    """Two layers of heads that one trained vector of factors acts on: the same channels in the heads of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q1, self.q2, self.v1, self.v2 = (nn.Linear(5, 12) for _ in range(4))
+        self.out1, self.out2, self.factors = nn.Linear(12, 5), nn.Linear(12, 3), nn.Parameter(torch.rand(4) + 0.5)
+
+    def layer(self, x: Tensor, q: nn.Module, v: nn.Module, out: nn.Module) -> Tensor:
+        a, b = (f(x).unflatten(-1, (3, 4)).transpose(1, 2) for f in (q, v))
+        a = torch.tanh(a * self.factors)
+        return out((torch.softmax(a @ a.transpose(-1, -2), -1) @ b).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x, self.q1, self.v1, self.out1), self.q2, self.v2, self.out2)
+
+
 class RelativeBias(nn.Module):
     """Scores of relative positions, picked from a table of positions by data that all heads share."""
 
@@ -208,6 +225,7 @@ NETS: dict[str, Any] = {
     # build, and (tensor, positions) of groups that must be free
     "shared key, expanded": (lambda: SharedKey(fused=True), [("q.weight", "blocks")]),
     "shared key, broadcast": (lambda: SharedKey(fused=False), []),
+    "shared angles": (SharedAngles, [("q1.weight", "blocks")]),
     "relative bias": (RelativeBias, [("q.weight", "blocks"), ("v.weight", "channels")]),
     "picked by list": (PickedByList, [("qkv.weight", "blocks"), ("qkv.weight", "channels")]),
     "recurrence": (Recurrence, [("into.weight", "channels")]),

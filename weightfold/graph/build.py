@@ -248,7 +248,7 @@ class Builder:
         rows = np.flatnonzero((block_of_atom >= 0) & ~slabbed)
         if not len(rows):
             return None
-        problem = problem or self._block_problem(roots, rows, block_of_atom)
+        problem = problem or self._block_problem(roots, rows, block_of_atom, np.unique(root_of_label))
         order = np.lexsort((base.pos[rows], base.seed[rows]))
         ordered = np.array(list(dict.fromkeys(block_of_atom[rows[order]].tolist())))
         number = np.full(facts.n_comps, -1, np.int64)
@@ -304,10 +304,11 @@ class Builder:
                 return True
         return False
 
-    def _block_problem(self, roots: Ints, rows: Ints, block_of_atom: Ints) -> bool:
+    def _block_problem(self, roots: Ints, rows: Ints, block_of_atom: Ints, in_blocks: Ints) -> bool:
         """Whether a channel inside the blocks has a part that is in no block and not shared by all of them.
 
-        A part is shared if the channel has a place in every block, and no more places in that part than in one block.
+        A part is shared if the channel has a place in every block, and no more places in that part than in one block,
+        unless the part lies in blocks of its own (another layer's heads): ``in_blocks``, their roots.
         """
         base = self.facts.base
         children = np.unique(base.comp[rows])
@@ -319,7 +320,8 @@ class Builder:
         per_block = np.zeros(self.facts.n_comps, np.int64)
         (_, comp, _), places = _counted(base.seed[rows], base.comp[rows], block_of_atom[rows])
         np.maximum.at(per_block, comp, places)
-        (_, comp), places = _counted(base.seed[loose], base.comp[loose])
+        plain = loose & ~np.isin(self.facts.plain[base.atom], in_blocks)
+        (_, comp), places = _counted(base.seed[plain], base.comp[plain])
         if (places > per_block[comp]).any():
             return True
         suspects = np.unique(base.comp[loose])
