@@ -41,9 +41,11 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "forecast": (),
         "collapse": ("graph",),
         "folding": ("graph", "price", "redundancy"),
-        "plan": ("folding", "forecast", "latency", "price", "size", "widths"),
+        "heads": ("graph", "price", "redundancy"),
+        "plan": ("folding", "forecast", "heads", "latency", "price", "size", "widths"),
         "ranks": (),
-        "watching": ("graph",),
+        "sharded": (),
+        "watching": ("graph", "ranks"),
         "data": ("models",),
     },
     {

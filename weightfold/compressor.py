@@ -29,6 +29,7 @@ from weightfold.fingerprint import digest, fingerprint
 from weightfold.gate import Batch, Loss, Reading, check_probe, compare, losses
 from weightfold.graph import optim
 from weightfold.graph.apply import Companion, Undo, find_tensor
+from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import Example, trace
@@ -38,10 +39,7 @@ from weightfold.methods.base import Method, Moment, Proposal, Refused
 from weightfold.ranks import Ranks, rewrapped, uncompiled, unwrapped
 from weightfold.size import macs, parameters
 from weightfold.surgeon import Surgeon, check_finite, check_shapes
-from weightfold.watching import Watcher
-
-STALE = 10
-"""Steps without a step of any known optimiser after which, if the weights move all the same, it counts as swapped."""
+from weightfold.watching import Updates, Watcher
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +55,16 @@ class _Watch:
     due: int
     before: tuple[float, ...]
     n_edits: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """An edit of a proposal that was applied and is not yet kept."""
+
+    proposal: Proposal
+    edit: Edit
+    graph: ChannelGraph
+    undo: Undo
 
 
 class Compressor:
@@ -119,9 +127,7 @@ class Compressor:
         self._surgeon: Surgeon | None = None
         self._watcher = Watcher(model)
         self._watch: _Watch | None = None
-        self._handles: list[Any] = []
-        self._last_update = 0
-        self._version = 0
+        self._updates = Updates(self.model)
 
     @property
     def graph(self) -> ChannelGraph:
@@ -169,7 +175,7 @@ class Compressor:
                 self._surgeon = self._first_look(() if optimizer is None else _as_tuple(optimizer), averaged)
             else:
                 self._surgeon.attach(() if optimizer is None else _as_tuple(optimizer), averaged)
-            self._count_updates()
+            self._updates.follow(self._hands.optimizers, self._step)
         self._observe()
         return self.graph
 
@@ -198,21 +204,6 @@ class Compressor:
             "probe_batches": len(self.probe),
         }
 
-    def _count_updates(self) -> None:
-        """Notice each step of the known optimisers."""
-        for handle in self._handles:
-            handle.remove()
-        self._last_update, self._version = self._step, self._weights_version()
-
-        def note(*_: Any) -> None:
-            self._last_update, self._version = self._step + 1, self._weights_version()
-
-        self._handles = [optimizer.register_step_post_hook(note) for optimizer in self._hands.optimizers]
-
-    def _weights_version(self) -> int:
-        """Grows whenever a weight is written; a step that a gradient scaler skips writes none."""
-        return sum(p._version for p in self.model.parameters())
-
     # in training ----------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
@@ -226,6 +217,7 @@ class Compressor:
     def step(self) -> list[Event]:
         """Call once after every optimiser step. Most of the time nothing happens."""
         self._step += 1
+        self._updates.step = self._step
         self._watcher.tick()
         events: list[Event] = []
         if self._may_act():
@@ -242,13 +234,11 @@ class Compressor:
 
     def _decided(self, decide: Callable[[], list[Event]]) -> list[Event]:
         """Act: in a distributed run the first rank does, and the others do as it did."""
-        moved = self._version != self._weights_version()
         self._hands.journal, self._hands.touched = [], False
-        with uncompiled(self.network):
+        with uncompiled(self.network), self._updates.apart():
             events = self._ranks.agreed(decide, self._told, self._obey)
         if self._hands.touched:
             self._wrap_anew()
-            self._version = -1 if moved else self._weights_version()
         return events
 
     def _wrap_anew(self) -> None:
@@ -304,8 +294,7 @@ class Compressor:
         if self._watch is not None:
             self.events += self._decided(lambda: self._look_back(last=True))
         self._watcher.rest()
-        for handle in self._handles:
-            handle.remove()
+        self._updates.rest()
         self._record(
             "convert",
             {"fingerprint": fingerprint(self.model), "parameters": parameters(self.model)},
@@ -393,12 +382,7 @@ class Compressor:
             DataError: the probe is smaller than a training batch.
         """
         optim.assert_live(self.model, self._hands.optimizers)
-        idle = self._step - self._last_update > STALE and self._version != self._weights_version()
-        if self._hands.optimizers and idle:
-            raise EditError(
-                f"No known optimiser has stepped since step {self._last_update}: it was swapped.",
-                remedy="Call prepare(new_optimizer) after building it.",
-            )
+        self._updates.check()
         n_probe = sum(_length(inputs) for inputs, _ in self.probe)
         if self.probe and n_probe < self._watcher.batch_size:
             raise DataError(
@@ -428,33 +412,18 @@ class Compressor:
     def _together(self, method: Method, proposals: Sequence[Proposal], before: list[float]) -> list[Event]:
         """Apply every proposal and measure once; nothing where the gate says no."""
         started = time.perf_counter()
-        done: list[tuple[Proposal, ChannelGraph, Undo]] = []
-        graph = self.graph
-        try:
-            for proposal in proposals:
-                with self._timed("surgery"):
-                    graph, undo = self._hands.attempt(proposal.edit, graph)
-                done.append((proposal, graph, undo))
-            reading = compare(before, self._losses())
-        except EditError:
-            reading = None
-        except BaseException:
-            _restore(done)
-            raise
-        if reading is None or not self._passes(reading):
-            _restore(done)
+        reading, done, reason = self._attempt(proposals, before)
+        groups = [p.edit.group for p in proposals]
+        if reason:
             if reading is not None:
-                body = {"method": method.name, "step": self._step, "groups": [p.edit.group for p in proposals]}
-                self._record("refusal", {**body, "why": self._too_much(reading)})
+                body = {"method": method.name, "step": self._step, "groups": groups}
+                self._record("refusal", {**body, "why": reason})
             return []
-        seconds = (time.perf_counter() - started) / len(done)
-        events = []
-        for proposal, graph, undo in done:
-            others = [p.edit.group for p in proposals if p is not proposal]
-            attempts = [attempt_record(proposal, reading, "", others)]
-            self._keep(method, proposal, graph, undo, attempts, seconds)
-            events.append(Event.of(self._step, proposal, reading, "", seconds))
-        return events
+        seconds = (time.perf_counter() - started) / len(proposals)
+        for trial in done:
+            others = [name for name in groups if name != trial.proposal.edit.group]
+            self._keep(method, trial, [attempt_record(trial.proposal, reading, "", others)], seconds)
+        return [Event.of(self._step, proposal, reading, "", seconds) for proposal in proposals]
 
     def _alone(self, method: Method, proposal: Proposal) -> Event:
         """Apply, measure, and keep, halve or take back."""
@@ -464,10 +433,11 @@ class Compressor:
         current: Proposal | None = proposal
         reading: Reading | None = None
         while current is not None:
-            reading, undo, graph, reason = self._attempt(current, before)
+            reading, done, reason = self._attempt([current], before)
             attempts.append(attempt_record(current, reading, reason))
             if reason == "":
-                self._keep(method, current, graph, undo, attempts, time.perf_counter() - started)
+                for trial in done:
+                    self._keep(method, trial, attempts, time.perf_counter() - started)
                 return Event.of(self._step, current, reading, "", time.perf_counter() - started)
             current = current.less()
         self._record(
@@ -477,23 +447,29 @@ class Compressor:
         )
         return Event.of(self._step, proposal, reading, attempts[-1]["reason"], time.perf_counter() - started)
 
-    def _attempt(self, proposal: Proposal, before: list[float]) -> tuple[Reading | None, Undo, ChannelGraph, str]:
+    def _attempt(self, proposals: Sequence[Proposal], before: list[float]) -> tuple[Reading | None, list[_Trial], str]:
+        """Apply proposals and measure; everything is as it was where the reason is not empty."""
+        done: list[_Trial] = []
+        graph = self.graph
         try:
             with self._timed("surgery"):
-                graph, undo = self._hands.attempt(proposal.edit)
-        except EditError as error:
-            return None, Undo(), self.graph, error.message
-        if not self.probe:
-            return None, undo, graph, ""
-        try:
+                for proposal in proposals:
+                    for edit in proposal.edits:
+                        graph, undo = self._hands.attempt(edit, graph)
+                        done.append(_Trial(proposal, edit, graph, undo))
+            if not before:
+                return None, done, ""
             reading = compare(before, self._losses())
+        except EditError as error:
+            _restore(done)
+            return None, [], error.message
         except BaseException:
-            undo.restore()
+            _restore(done)
             raise
         if self._passes(reading):
-            return reading, undo, graph, ""
-        undo.restore()
-        return reading, undo, graph, self._too_much(reading)
+            return reading, done, ""
+        _restore(done)
+        return reading, [], self._too_much(reading)
 
     def _passes(self, reading: Reading) -> bool:
         return _finite(reading.upper) and reading.upper <= self.max_increase
@@ -501,19 +477,12 @@ class Compressor:
     def _too_much(self, reading: Reading) -> str:
         return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
 
-    def _keep(
-        self,
-        method: Method,
-        proposal: Proposal,
-        graph: ChannelGraph,
-        undo: Undo,
-        attempts: list[dict[str, Any]],
-        seconds: float,
-    ) -> None:
+    def _keep(self, method: Method, trial: _Trial, attempts: list[dict[str, Any]], seconds: float) -> None:
         """Take an accepted edit into the record."""
-        edit, group = proposal.edit, self.graph[proposal.edit.group]
+        proposal, edit, undo = trial.proposal, trial.edit, trial.undo
+        group = self.graph[edit.group]
         what = self._hands.origin.members(group, edit)
-        self._hands.keep(edit, graph, undo)
+        self._hands.keep(edit, trial.graph, undo)
         if self.ledger is None:
             return
         blob = self.ledger.put_blob(undo_bytes(undo)) if self.keep_undo else None
@@ -618,7 +587,8 @@ class Compressor:
             EditError: the network is not the one that the run started with.
         """
         self._hands.load(state, lambda key: state["maps"][key].numpy().tobytes())
-        self._step = self._last_update = int(state["step"])
+        self._step = int(state["step"])
+        self._updates.follow(self._hands.optimizers, self._step)
         self.generator.set_state(state["generator"])
         self._watcher.load_state(self.graph, state["statistics"])
         for method, value in zip(self.methods, state["methods"], strict=True):
@@ -631,9 +601,9 @@ class Compressor:
         self._observe()
 
 
-def _restore(done: Sequence[tuple[Proposal, ChannelGraph, Undo]]) -> None:
-    for _, _, undo in reversed(done):
-        undo.restore()
+def _restore(done: Sequence[_Trial]) -> None:
+    for trial in reversed(done):
+        trial.undo.restore()
 
 
 def _length(inputs: Any) -> int:

@@ -125,6 +125,16 @@ def attempt_record(proposal: Proposal, reading: Reading | None, reason: str, tog
         record |= {"mean": reading.mean, "upper": reading.upper, "before": reading.before, "after": reading.after}
     if together:
         record["together_with"] = list(together)
+    return in_words(record)
+
+
+def in_words(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as words: a ledger takes no others.
+
+    Example:
+        >>> in_words({"loss": float("nan"), "step": 3})
+        {'loss': 'nan', 'step': 3}
+    """
     return {
         key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
         for key, value in record.items()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from weightfold.errors import EditError
 from weightfold.graph import optim
-from weightfold.graph.apply import Companion, Undo, apply
+from weightfold.graph.apply import Companion, Undo, apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.unfold import unfold_undo
@@ -44,6 +44,7 @@ class Surgeon:
     Attributes:
         applied: the edits in the network, in order.
         journal: what was done since it was last emptied: edits, and numbers of edits that were unfolded.
+        touched: whether any tensor was changed since it was last lowered, also where all was put back.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
@@ -54,6 +55,7 @@ class Surgeon:
         self.averaged: tuple[Companion, ...] = ()
         self.applied: list[Applied] = []
         self.journal: list[Edit | int] = []
+        self.touched = False
 
     def attach(self, optimizers: Sequence[Optimizer], averaged: Iterable[Companion]) -> None:
         """Name what must follow every edit.
@@ -66,6 +68,7 @@ class Surgeon:
 
     def attempt(self, edit: Edit, graph: ChannelGraph | None = None) -> tuple[ChannelGraph, Undo]:
         """Apply an edit without counting it yet; ``graph`` if other attempts came before."""
+        self.touched = True
         return apply(self.model, graph or self.graph, edit, self.optimizers, self.averaged)
 
     def keep(self, edit: Edit, graph: ChannelGraph, undo: Undo) -> None:
@@ -90,6 +93,7 @@ class Surgeon:
             raise EditError("There is no edit to undo.")
         last = self.applied.pop()
         assert last.undo is not None
+        self._forget_newer_state(last.undo)
         last.undo.restore()
         self.graph, self.origin = last.graph, last.origin
         optim.assert_live(self.model, self.optimizers)
@@ -97,15 +101,25 @@ class Surgeon:
 
     def unfold(self, n_edits: int) -> list[Edit]:
         """Take the latest edits back, keeping what was trained since."""
+        self.touched = True
         edits = []
         for _ in range(n_edits):
             last = self.applied.pop()
             assert last.undo is not None
+            self._forget_newer_state(last.undo)
             unfold_undo(last.graph, last.edit, last.undo, self.optimizers)
             self.graph, self.origin = last.graph, last.origin
             edits.append(last.edit)
         self.journal.append(n_edits)
         return edits
+
+    def _forget_newer_state(self, undo: Undo) -> None:
+        """Where optimisers had no state at the edit, what they have gathered since does not fit what comes back."""
+        model, tensors = undo.by_module()[0]
+        if model is self.model and not undo.optimizer:
+            for optimizer in self.optimizers:
+                for name in tensors:
+                    optimizer.state.pop(find_tensor(model, name)[2], None)
 
     def obey(self, journal: Sequence[Edit | int]) -> None:
         """Do what another process did."""
@@ -146,6 +160,21 @@ class Surgeon:
             raise EditError(
                 f"'{name}' has shape {found[name]} after the recorded edits, {expected.get(name)} in the checkpoint.",
                 remedy="Build the model with the settings that the run started with.",
+            )
+
+
+def check_shapes(model: nn.Module, graph: ChannelGraph) -> None:
+    """Refuse a network that someone else has changed.
+
+    Raises:
+        EditError: names the tensor, and both shapes.
+    """
+    for name, expected in graph.shapes.items():
+        found = tuple(find_tensor(model, name)[2].shape)
+        if found != tuple(expected):
+            raise EditError(
+                f"'{name}' has shape {found}; the graph expects {tuple(expected)}.",
+                remedy="The model changed after it was prepared: build a new Compressor and prepare it.",
             )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -13,20 +13,85 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightfold.errors import DataError
+from weightfold.errors import DataError, EditError
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.observe import Key, Observer, SecondMoment
+from weightfold.ranks import compiled, unwrapped
 
 Statistics = dict[Key, SecondMoment]
+
+STALE = 2
+"""Steps without one of a known optimiser after which, where the weights move all the same, it counts as swapped."""
+
+
+class Updates:
+    """Notices whether the known optimisers are those that train the network.
+
+    Args:
+        model: the user's module.
+
+    Attributes:
+        step: training steps done so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.step = self._latest = self._version = 0
+        self._handles: list[Any] = []
+
+    def follow(self, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
+        """Notice each step of these optimisers from now on."""
+        self.rest()
+        self.step = self._latest = step
+        self._version = self._now()
+
+        def note(*_: Any) -> None:
+            self._latest, self._version = self.step + 1, self._now()
+
+        self._handles = [optimizer.register_step_post_hook(note) for optimizer in optimizers]
+
+    def rest(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave what is written meanwhile out of account: it is our own doing."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            self._version += self._now() - before
+
+    def check(self) -> None:
+        """Refuse to go on with optimisers that train nothing any more.
+
+        Steps that a gradient scaler skips, or micro-batches between two steps, write no weight and count for nothing.
+
+        Raises:
+            EditError: the weights have moved for some steps, and not by a known optimiser.
+        """
+        if self._handles and self.step - self._latest > STALE and self._version != self._now():
+            raise EditError(
+                f"No known optimiser has stepped since step {self._latest}: it was swapped.",
+                remedy="Call prepare(new_optimizer) after building it.",
+            )
+
+    def _now(self) -> int:
+        """Grows whenever a weight is written."""
+        return sum(p._version for p in self.model.parameters())
 
 
 class Watcher:
     """Hooks that stand only while a method wants statistics.
 
-    Only forward passes in training mode count.
+    Only forward passes in training mode count. Compiled code skips hooks, or takes them in for good: where a network is
+    compiled, only its calls are watched.
 
     Args:
-        model: the user's module.
+        network: what the user calls: the module, or what wraps it.
 
     Attributes:
         batch_size: samples in the latest watched batch; 0 before any.
@@ -34,14 +99,15 @@ class Watcher:
         seconds: spent on statistics so far.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.model = unwrapped(network)
         self.batch_size = 0
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.seconds = 0.0
         self._observer: Observer | None = None
         self._statistics: Statistics | None = {}
-        self._root: Any = None
+        self._stop: Callable[[], None] | None = None
         self._ticks: deque[float] = deque(maxlen=21)
 
     def tick(self) -> None:
@@ -60,18 +126,30 @@ class Watcher:
 
     def watch(self, graph: ChannelGraph) -> None:
         """Put hooks on for the next forward passes."""
-        if self._root is None:
-            self._observer = self._observer or Observer(self.model, graph)
-            self._observer.__enter__()
-            self._root = self.model.register_forward_pre_hook(self._look_at_call)
-            self._statistics = None
+        if self._stop is None:
+            self._stop = _before_calls(self.network, self._look_at_call)
+            if not self.blind:
+                self._observer = self._observer or Observer(self.model, graph)
+                self._observer.__enter__()
+                self._statistics = None
 
     def rest(self) -> None:
         """Take the hooks off; what they have seen stays."""
-        if self._root is not None and self._observer is not None:
-            self._observer.__exit__(None, None, None)
-            self._root.remove()
-            self._root = None
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
+            if self._observer is not None:
+                self._observer.__exit__(None, None, None)
+
+    def follow(self, network: nn.Module) -> None:
+        """The user calls another wrapper from now on."""
+        self.rest()
+        self.network = network
+
+    @property
+    def blind(self) -> bool:
+        """Whether hooks inside the network would see nothing."""
+        return compiled(self.network)
 
     def clear(self) -> None:
         """Forget what was seen: the network has changed."""
@@ -132,16 +210,33 @@ class Watcher:
         self.seconds += time.perf_counter() - start
         return observer.statistics()
 
-    def _look_at_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._observer is not None:
-            self._observer.enabled = module.training
-        first = next((a for a in args if isinstance(a, Tensor)), None)
-        if first is None:
+            self._observer.enabled = self.model.training
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if first is None or not first.ndim:
             return
         self.batch_size = len(first)
-        kind = first.device.type
+        kind = next((p.device.type for p in self.model.parameters()), first.device.type)
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             self.autocast = lambda: torch.autocast(kind, dtype)
         else:
             self.autocast = nullcontext
+
+
+def _before_calls(network: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:
+    """See a module's arguments before every call, outside of compiled code; returns what ends that."""
+    inner = network._compiled_call_impl
+    if inner is None:
+        return network.register_forward_pre_hook(lambda _, *given: look(*given), with_kwargs=True).remove
+
+    def looked(*args: Any, **kwargs: Any) -> Any:
+        look(args, kwargs)
+        return inner(*args, **kwargs)
+
+    def stop() -> None:
+        network._compiled_call_impl = inner
+
+    network._compiled_call_impl = looked
+    return stop

@@ -66,12 +66,19 @@ class Proposal:
         why: plain data for the ledger: metric, value, threshold, partners, rejected alternatives and the reason.
         predicted: predicted increase of the loss, in the unit that ``why["unit"]`` names.
         less: the same proposal with about half of the cut; None when nothing is left to halve.
+        first: edits on other groups that belong to it and go before it.
     """
 
     edit: Edit
     why: dict[str, Any] = field(default_factory=dict)
     predicted: float | None = None
     less: Callable[[], Proposal | None] = lambda: None
+    first: tuple[Edit, ...] = ()
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All that is applied, in order."""
+        return (*self.first, self.edit)
 
 
 class Refused(WeightfoldError):
