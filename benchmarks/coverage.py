@@ -133,7 +133,7 @@ def free_channels(model: Any, graph: Any) -> dict[str, Any]:
             n_excused += n - have
         else:
             n_locked += n - have
-            locked.append(f"{tensor}[{dim}]: {n - have} of {n}: {reason}"[:240])
+            locked.append(without_folders(f"{tensor}[{dim}]: {n - have} of {n}: {reason}")[:240])
     return {
         "free": n_free,
         "excused": n_excused,
@@ -144,6 +144,11 @@ def free_channels(model: Any, graph: Any) -> dict[str, Any]:
         "mergeable_groups": sum("merge" in g.admits for g in graph),
         "heads": sum(g.n_channels for g in graph if g.kind == "blocks"),
     }
+
+
+def without_folders(text: str) -> str:
+    """Source files by their names alone."""
+    return re.sub(r"(?<![\w.])/[\w./-]*/(?=[\w-]+\.py)", "", text)
 
 
 def _writers(model: Any, shapes: dict[str, tuple[int, ...]]) -> Iterable[tuple[str, int, int]]:
@@ -246,7 +251,7 @@ def save(path: Path, rows: list[dict[str, Any]], torch_pruning: Path | None) -> 
 
     facts = {"python": platform.python_version(), "torch": torch.__version__, "weightfold": weightfold.__version__}
     text = json.dumps({"versions": facts, "summary": summary(rows, torch_pruning), "rows": rows}, indent=1) + "\n"
-    text = re.sub(r"(?<![\w.])/[\w./-]*/(?=[\w-]+\.py)", "", text)
+    text = without_folders(text)
     draft = path.with_suffix(".tmp")
     draft.write_text(text)
     draft.replace(path)
