@@ -41,6 +41,11 @@ class Job:
     latest: dict[Key, tuple[bytes, Floats]] = field(default_factory=dict)
     energies: dict[bytes, float] = field(default_factory=dict)
 
+    @property
+    def observed(self) -> ChannelGroup:
+        """The group whose channels the readers are seen to read."""
+        return self.group
+
     def kept(self, width: int) -> Floats:
         """The channels that stay at a width, ascending."""
         if self.choice == "redundancy":

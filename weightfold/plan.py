@@ -10,6 +10,7 @@ import numpy as np
 
 from weightfold.folding import Job
 from weightfold.forecast import accuracy_price
+from weightfold.heads import HeadJob
 from weightfold.latency import Latency
 from weightfold.price import Trails, predict
 from weightfold.size import MacModel
@@ -17,8 +18,13 @@ from weightfold.widths import Grid
 
 T = TypeVar("T")
 
+AnyJob = Job | HeadJob
+
 SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Shares of the channels that are considered."""
+
+IDLE = 1e-4
+"""Predicted change of the loss, in its unit, up to which a whole branch counts as idle."""
 
 REPAY = 3.0
 """How many times its own cost an event must save."""
@@ -55,7 +61,7 @@ class Candidate:
         }
 
 
-def ladder(jobs: Sequence[Job], grid: Grid, shares: Sequence[float] = SHARES) -> list[dict[str, int]]:
+def ladder(jobs: Sequence[AnyJob], grid: Grid, shares: Sequence[float] = SHARES) -> list[dict[str, int]]:
     """Widths from mild to strong: the same share of every group, on the grid; without those that change nothing."""
     found: list[dict[str, int]] = []
     whole = {job.group.name: job.group.n_channels for job in jobs}
@@ -66,7 +72,7 @@ def ladder(jobs: Sequence[Job], grid: Grid, shares: Sequence[float] = SHARES) ->
     return found
 
 
-def candidate(jobs: Sequence[Job], trails: Trails | None, macs: MacModel, widths: Mapping[str, int]) -> Candidate:
+def candidate(jobs: Sequence[AnyJob], trails: Trails | None, macs: MacModel, widths: Mapping[str, int]) -> Candidate:
     """Price one set of widths."""
     cut = [job for job in jobs if widths[job.group.name] < job.group.n_channels]
     energies = [job.lost_energy(job.kept(widths[job.group.name])) for job in cut]
@@ -80,17 +86,16 @@ def candidate(jobs: Sequence[Job], trails: Trails | None, macs: MacModel, widths
     return Candidate(kept, dict(widths), macs.at(widths) / macs.total, predicted, lost, price)
 
 
-def knapsack(jobs: Sequence[Job], macs: MacModel, like: Candidate, grid: Grid) -> dict[str, int]:
-    """The widths of fewest multiply-accumulates that lose no more energy than a candidate's.
+def knapsack(jobs: Sequence[AnyJob], macs: MacModel, like: Candidate, grid: Grid) -> dict[str, int]:
+    """The widths of fewest multiply-accumulates that lose about as much energy as a candidate.
 
-    Greedy: again and again the step down that saves most for the energy it loses; no group falls below half the
-    candidate's share.
+    Greedy: again and again the step down the shares that saves most for the energy it loses; no group falls below half
+    the candidate's width. Between exact values the energy follows the cost of the order in which channels go.
     """
-    floor = {j.group.name: like.widths[j.group.name] / 2 for j in jobs}
-    ladders = {j.group.name: [w for w in grid.widths(j.group) if w >= floor[j.group.name]] for j in jobs}
-    energy = {j.group.name: [j.lost_energy(j.kept(w)) for w in ladders[j.group.name]] for j in jobs}
+    ladders = {job.group.name: _rungs(job, like.widths[job.group.name] / 2, grid) for job in jobs}
+    energy = {job.group.name: _energies(job, like.widths[job.group.name], ladders[job.group.name]) for job in jobs}
     rung = dict.fromkeys(ladders, 0)
-    left = like.lost_energy * len(jobs)
+    left = sum(job.lost_energy(job.kept(like.widths[job.group.name])) for job in jobs)
     while True:
         widths = {name: ladders[name][at] for name, at in rung.items()}
         steps = []
@@ -105,6 +110,35 @@ def knapsack(jobs: Sequence[Job], macs: MacModel, like: Candidate, grid: Grid) -
         _, name, costs = max(steps, key=lambda step: (step[0], step[1]))
         rung[name] += 1
         left -= costs
+
+
+def _rungs(job: AnyJob, least: float, grid: Grid) -> list[int]:
+    n = job.group.n_channels
+    widths = {n, *(grid.nearest(job.group, share * n) for share in SHARES)}
+    return sorted((w for w in widths if w >= least), reverse=True)
+
+
+def _energies(job: AnyJob, known: int, widths: Sequence[int]) -> list[float]:
+    """Lost energy at some widths, from the exact value at one."""
+    scale = job.lost_energy(job.kept(known)) / max(job.cost(known), 1e-300) if known < job.group.n_channels else 1.0
+    return [scale * job.cost(width) for width in widths]
+
+
+def without_idle(jobs: Sequence[AnyJob], trails: Trails, like: Candidate, grid: Grid) -> dict[str, int]:
+    """Narrow groups that the loss does not need to the end: branches that add next to nothing to their stream.
+
+    A group is idle if cutting it to its narrowest width is predicted to cost the loss no more than cutting it to the
+    candidate's, or than `IDLE`.
+    """
+    widths = dict(like.widths)
+    for job in jobs:
+        name, least = job.group.name, grid.widths(job.group)[-1]
+        there, here = job.residual(trails, least), job.residual(trails, widths[name])
+        if least < widths[name] and there is not None and here is not None:
+            costs = abs(predict(there)) + float(there.std()) / len(there) ** 0.5
+            if costs <= max(IDLE, predict(here)):
+                widths[name] = least
+    return widths
 
 
 @dataclass(frozen=True)

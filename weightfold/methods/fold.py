@@ -31,9 +31,22 @@ from weightfold.errors import ConfigError, DataError
 from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
+from weightfold.heads import HeadJob, partner_of
 from weightfold.latency import Latency, measure
 from weightfold.methods.base import Key, Method, Moment, Proposal, Refused
-from weightfold.plan import REPAY, SHARES, Candidate, Decision, candidate, for_time, knapsack, ladder, within_loss
+from weightfold.plan import (
+    REPAY,
+    SHARES,
+    AnyJob,
+    Candidate,
+    Decision,
+    candidate,
+    for_time,
+    knapsack,
+    ladder,
+    within_loss,
+    without_idle,
+)
 from weightfold.price import Trails, trails
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
 from weightfold.size import MacModel
@@ -80,8 +93,11 @@ class FoldConfig(Config):
     """batches before the event during which statistics are taken"""
     choice: Literal["redundancy", "magnitude", "random"] = "redundancy"
     """whom to keep; the last two are controls, compensated alike"""
-    allocation: Literal["uniform", "knapsack"] = "uniform"
-    """with a dial: the same share of every group, or fewest multiply-accumulates for the same lost energy"""
+    allocation: Literal["auto", "uniform", "knapsack"] = "auto"
+    """with a dial: the same share of every group, or fewest multiply-accumulates for the same lost energy; by default
+    the first without attention heads, the second with them"""
+    heads: bool = True
+    """with a dial: fold whole attention heads as well"""
     align: int | None = Field(default=None, ge=0)
     """widths are multiples of this; 0 for any; by default as the hardware likes with a dial, else any"""
     groups: str | None = None
@@ -263,8 +279,11 @@ class Fold(Method):
         """Price candidates, choose by the dial, and refuse what does not pay."""
         started = time.perf_counter()
         assert moment.loss is not None
-        jobs = self._jobs(moment, self._since(moment, 2))
-        groups = [job.group for job in jobs]
+        statistics = self._since(moment, 2)
+        heads = self._head_jobs(moment, statistics)
+        taken = {job.observed.name for job in heads}
+        jobs: list[AnyJob] = [*(j for j in self._jobs(moment, statistics) if j.group.name not in taken), *heads]
+        groups = list({job.observed.name: job.observed for job in jobs}.values())
         found_trails = trails(moment.model, groups, _enough(moment), moment.loss, moment.autocast)
         if self.config.max_accuracy_loss is not None and found_trails.error_percent is None:
             raise ConfigError(
@@ -279,6 +298,7 @@ class Fold(Method):
             return found[-1]
 
         decision = self._decide(moment, jobs, macs, priced)
+        decision = self._emptied(moment, jobs, found_trails, decision, priced)
         decision = self._repaid(moment, decision, macs, time.perf_counter() - started)
         self.decision = decision
         body, aside = self._account(moment, found, decision, found_trails, time.perf_counter() - started)
@@ -288,7 +308,7 @@ class Fold(Method):
         return self._proposals(jobs, decision.chosen.widths)
 
     def _decide(
-        self, moment: Moment, jobs: Sequence[Job], macs: MacModel, priced: Callable[[Mapping[str, int]], Candidate]
+        self, moment: Moment, jobs: Sequence[AnyJob], macs: MacModel, priced: Callable[[Mapping[str, int]], Candidate]
     ) -> Decision:
         steps = ladder(jobs, self._grid(moment))
         if self.config.time_goal is not None:
@@ -297,10 +317,31 @@ class Fold(Method):
             decision = for_time(steps, [macs.at(w) for w in steps], priced, table, done, self.config.time_goal)
         else:
             decision = within_loss(steps, priced, self.config.max_accuracy_loss)
-        if decision.chosen is not None and self.config.allocation == "knapsack":
+        mixed = any(isinstance(job, HeadJob) for job in jobs)
+        wanted = self.config.allocation
+        if decision.chosen is not None and (wanted == "knapsack" or (wanted == "auto" and mixed)):
             widths = knapsack(jobs, macs, decision.chosen, self._grid(moment))
             decision = Decision(priced(widths), decision.reason, decision.reached)
         return decision
+
+    def _emptied(
+        self,
+        moment: Moment,
+        jobs: Sequence[AnyJob],
+        by: Trails,
+        decision: Decision,
+        priced: Callable[[Mapping[str, int]], Candidate],
+    ) -> Decision:
+        """Empty branches that the loss does not need, where the forecast stays within the dial."""
+        if decision.chosen is None:
+            return decision
+        widths = without_idle(jobs, by, decision.chosen, self._grid(moment))
+        if widths == dict(decision.chosen.widths):
+            return decision
+        narrower, most = priced(widths), self.config.max_accuracy_loss
+        if most is not None and (narrower.price is None or narrower.price > most):
+            return decision
+        return Decision(narrower, decision.reason, decision.reached, decision.ratio)
 
     def _repaid(self, moment: Moment, decision: Decision, macs: MacModel, spent: float) -> Decision:
         """Refuse an event that saves less than three times its cost."""
@@ -361,11 +402,11 @@ class Fold(Method):
 
     # which ----------------------------------------------------------------------------------------------------------
 
-    def _proposals(self, jobs: Sequence[Job], widths: Mapping[str, int]) -> list[Proposal]:
+    def _proposals(self, jobs: Sequence[AnyJob], widths: Mapping[str, int]) -> list[Proposal]:
         found = [self._proposal(job, widths[job.group.name]) for job in jobs]
         return [proposal for proposal in found if proposal is not None]
 
-    def _proposal(self, job: Job, width: int) -> Proposal | None:
+    def _proposal(self, job: AnyJob, width: int) -> Proposal | None:
         """The fold to a width, or None where that would change nothing."""
         n = job.group.n_channels
         if width >= n:
@@ -374,8 +415,9 @@ class Fold(Method):
         predicted = job.lost_energy(keep)
         halfway = Grid(self.config.align or 0).nearest(job.group, (n + width + 1) // 2)
         less = partial(self._proposal, job, halfway if halfway > width else n)
+        first = (job.repair(keep),) if isinstance(job, HeadJob) else ()
         edit = job.edit(keep)
-        return Proposal(edit, job.why(keep, predicted), predicted, less)
+        return Proposal(edit, job.why(keep, predicted), predicted, less, first)
 
     def _ridge(self, moment: Moment) -> float:
         if self.config.ridge is not None:
@@ -404,6 +446,17 @@ class Fold(Method):
         norms = gather(moment.model, group).norm(dim=1).numpy()
         random = torch.rand(group.n_channels, generator=moment.generator).numpy()
         return Job(group, readers, path, norms, random, ridge, group.n_channels <= exact, self.config.choice)
+
+    def _head_jobs(self, moment: Moment, statistics: Mapping[Key, SecondMoment]) -> list[HeadJob]:
+        """The attention layers whose heads can be folded."""
+        ridge, found = self._ridge(moment), []
+        for group in moment.graph if self.config.heads and self.config.groups is None else ():
+            inner = partner_of(moment.graph, group)
+            if inner is None or group.name in moment.frozen or inner.role("read")[0].key not in statistics:
+                continue
+            [reader] = readers_of(moment.model, inner, statistics, 1.0 if ridge < STRONG else 0.25)
+            found.append(HeadJob.of(group, inner, reader, ridge))
+        return found
 
     def _least(self, group: ChannelGroup, moment: Moment) -> int:
         """The narrowest width that can be asked for."""
