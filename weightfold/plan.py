@@ -72,8 +72,14 @@ def ladder(jobs: Sequence[AnyJob], grid: Grid, shares: Sequence[float] = SHARES)
     return found
 
 
-def candidate(jobs: Sequence[AnyJob], trails: Trails | None, macs: MacModel, widths: Mapping[str, int]) -> Candidate:
-    """Price one set of widths."""
+def candidate(
+    jobs: Sequence[AnyJob], trails: Trails | None, macs: MacModel, widths: Mapping[str, int], progress: float
+) -> Candidate:
+    """Price one set of widths.
+
+    Args:
+        progress: share of the run that is over.
+    """
     cut = [job for job in jobs if widths[job.group.name] < job.group.n_channels]
     energies = [job.lost_energy(job.kept(widths[job.group.name])) for job in cut]
     lost = float(np.sum(energies)) / len(jobs)
@@ -82,7 +88,7 @@ def candidate(jobs: Sequence[AnyJob], trails: Trails | None, macs: MacModel, wid
     whole = [part for part in parts if part is not None]
     predicted = predict(sum(whole[1:], whole[0])) if whole and len(whole) == len(cut) else None
     error = None if trails is None else trails.error_percent
-    price = None if error is None else accuracy_price(error, lost)
+    price = None if error is None else accuracy_price(error, lost, progress)
     return Candidate(kept, dict(widths), macs.at(widths) / macs.total, predicted, lost, price)
 
 

@@ -191,5 +191,5 @@ def test_a_goal_out_of_reach_takes_the_narrowest_and_says_so() -> None:
 
 
 def test_the_forecast_grows_with_the_error_and_the_lost_energy() -> None:
-    assert accuracy_price(0.0, 0.5) == 0.0
-    assert accuracy_price(20.0, 0.01) < accuracy_price(40.0, 0.01) < accuracy_price(40.0, 0.05)
+    assert accuracy_price(0.0, 0.5, 0.1) == 0.0
+    assert accuracy_price(20.0, 0.01, 0.1) < accuracy_price(40.0, 0.01, 0.1) < accuracy_price(40.0, 0.05, 0.1)

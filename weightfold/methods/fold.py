@@ -83,9 +83,9 @@ class FoldConfig(Config):
     """channels that each group keeps, by name, in place of `keep` and `macs`: the same widths as another plan"""
     at: float = Field(default=0.1, ge=0, lt=1)
     """without a dial: when to fold, as a share of the run's steps; a one-shot folds at once"""
-    earliest: float = Field(default=0.03, ge=0, lt=1)
+    earliest: float = Field(default=0.02, ge=0, lt=1)
     """with a dial: first look, as a share of the run's steps"""
-    latest: float = Field(default=0.1, gt=0, lt=1)
+    latest: float = Field(default=0.06, gt=0, lt=1)
     """with a dial: when to fold if the kept set has not settled, as a share of the run's steps"""
     ridge: float | None = Field(default=None, ge=0)
     """λ over the mean of C's diagonal; by default 0.1 in mid-training, 0.001 in a one-shot"""
@@ -294,7 +294,7 @@ class Fold(Method):
         found: list[Candidate] = []
 
         def priced(widths: Mapping[str, int]) -> Candidate:
-            found.append(candidate(jobs, found_trails, macs, widths))
+            found.append(candidate(jobs, found_trails, macs, widths, moment.step / moment.total_steps))
             return found[-1]
 
         decision = self._decide(moment, jobs, macs, priced)
