@@ -1,7 +1,7 @@
 """Beds of `fold_training.py`: data, network and schedule of each, the same for every arm.
 
     mnist-mlp        784-1024-1024-10 on 20,000 images, 1,248 steps of 128: over-wide
-    minilm-sst2      a pretrained 6-layer encoder, fine-tuned on 19,200 phrases, 600 steps of 32
+    minilm-sst2      a pretrained 6-layer encoder, fine-tuned on 9,600 phrases, 300 steps of 32
     cifar-vgg        64-64-128-128-256 on 15,000 images, 720 steps of 125: right-sized, few steps
     cifar-vgg-long   half as wide, 1,920 steps
     cifar-resnet18   the wide ResNet-18 on 50,000 images, 16 epochs of 128, bf16: GPU
@@ -269,8 +269,8 @@ def open_bed(name: str, shared: Path, *, tune: bool = False, scale: float = 1.0,
         x, y, tx, ty = images(shared, "mnist", 20_000, tune)
         return Bed(name, mlp, sgd(peak), x, y, tx, ty, normaliser(x, False), round(1248 * scale), 128, place)
     if name == "minilm-sst2":
-        x, y, tx, ty = sentences(shared, tune, 19_200)
-        return Bed(name, minilm, adamw(peak), x, y, tx, ty, trimmed, round(600 * scale), 32, place)
+        x, y, tx, ty = sentences(shared, tune, 9_600)
+        return Bed(name, minilm, adamw(peak), x, y, tx, ty, trimmed, round(300 * scale), 32, place)
     if name == "cifar-resnet18":
         x, y, tx, ty = images(shared, "cifar10-jpeg", None, tune)
         steps = round(16 * len(x) // 128 * scale)

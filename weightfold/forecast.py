@@ -13,10 +13,10 @@ four beds, at 4 and 10 % of their steps (docs/LOG.md gives them, with the errors
 
 from __future__ import annotations
 
-SCALE = 20.0
+SCALE = 35.0
 """A, in points of accuracy per point of error."""
 
-POWER = 0.75
+POWER = 0.9
 """B."""
 
 
@@ -29,6 +29,6 @@ def accuracy_price(error_percent: float, lost_energy: float, progress: float) ->
         progress: share of the run that is over, 0 to 1; meant for the first tenth.
     Example:
         >>> round(accuracy_price(50.0, 0.0025, 0.1), 2)
-        1.12
+        0.8
     """
     return SCALE * progress * error_percent * max(lost_energy, 0.0) ** POWER
