@@ -38,7 +38,7 @@ from weightfold.ledger import Ledger
 from weightfold.methods.base import Method, Moment, Proposal, Refused
 from weightfold.ranks import Ranks, rewrapped, uncompiled, unwrapped
 from weightfold.size import macs, parameters
-from weightfold.surgeon import Surgeon, check_finite, check_shapes
+from weightfold.surgeon import Surgeon, check_finite, check_shapes, fits
 from weightfold.watching import Updates, Watcher
 
 
@@ -319,7 +319,7 @@ class Compressor:
     def _observe(self) -> None:
         """Put hooks on for the next forward when a method wants statistics of it, off otherwise."""
         wanted = self._ranks.leads and any(m.observes(self._step, self.total_steps) for m in self.methods)
-        if self.total_steps > 0 and wanted:
+        if self.total_steps > 0 and wanted and fits(self.model, self.graph):
             self._watcher.watch(self.graph)
         else:
             self._watcher.rest()

@@ -134,7 +134,7 @@ class Surgeon:
         watched = self.applied[len(self.applied) - n_watched :]
         return {
             "edits": [applied.edit.to_record(put) for applied in self.applied],
-            "undo": [a.undo.to_state() for a in watched if a.undo is not None],
+            "undo": [a.undo.to_state(self.averaged) for a in watched if a.undo is not None],
             "shapes": {name: list(shape) for name, shape in self.graph.shapes.items()},
         }
 
@@ -151,7 +151,7 @@ class Surgeon:
         undos = state["undo"]
         self.forget(0)
         for applied, undo in zip(self.applied[len(self.applied) - len(undos) :], undos, strict=True):
-            applied.undo = Undo.from_state(undo, self.model, self.optimizers)
+            applied.undo = Undo.from_state(undo, self.model, self.optimizers, self.averaged)
 
     def _check_shapes(self, expected: Mapping[str, Any]) -> None:
         found = {name: list(shape) for name, shape in self.graph.shapes.items()}
@@ -161,6 +161,15 @@ class Surgeon:
                 f"'{name}' has shape {found[name]} after the recorded edits, {expected.get(name)} in the checkpoint.",
                 remedy="Build the model with the settings that the run started with.",
             )
+
+
+def fits(model: nn.Module, graph: ChannelGraph) -> bool:
+    """Whether a network has the shapes of its graph."""
+    try:
+        check_shapes(model, graph)
+    except EditError:
+        return False
+    return True
 
 
 def check_shapes(model: nn.Module, graph: ChannelGraph) -> None:

@@ -211,6 +211,8 @@ class Watcher:
         return observer.statistics()
 
     def _look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self._observer is not None:
             self._observer.enabled = self.model.training
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)

@@ -170,7 +170,7 @@ class Rising:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
-        return F.cross_entropy(outputs, targets) + 1e-3 * self.calls
+        return F.cross_entropy(outputs, targets) + self.calls
 
 
 def first_rank_fails(rank: int, folder: Path) -> dict[str, Any]:

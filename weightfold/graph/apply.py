@@ -58,24 +58,48 @@ class Undo:
             found.setdefault(id(mapping), (mapping, {}))[1][name] = old
         return list(found.values())
 
-    def to_state(self) -> dict[str, Any]:
-        """What was replaced in the model, for a checkpoint: tensors and optimisers' state by name."""
+    def to_state(self, companions: Sequence[Companion] = ()) -> dict[str, Any]:
+        """What was replaced in the model, its optimisers and averaged copies, for a checkpoint: tensors by name."""
         model, tensors = self.by_module()[0]
         states = {name: dict(state) for _, owner, name, state in self.optimizer if owner is model}
-        return {"tensors": dict(tensors), "states": states}
+        replaced = [*self.by_module(), *self.by_mapping()]
+        averaged = [dict(old) for c in companions for target, old in replaced if target is _inside(c)]
+        return {"tensors": dict(tensors), "states": states, "averaged": averaged}
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+        cls,
+        state: Mapping[str, Any],
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        companions: Sequence[Companion] = (),
     ) -> Undo:
-        """Read back what `to_state` gave; state belongs to the optimiser that holds the tensor."""
+        """Read back what `to_state` gave; state belongs to the optimiser that holds the tensor.
+
+        Raises:
+            EditError: there were more or fewer averaged copies.
+        """
+        if len(state["averaged"]) != len(companions):
+            raise EditError(
+                f"The checkpoint holds {len(state['averaged'])} averaged copies of the model, not {len(companions)}.",
+                remedy="Prepare with the averaged copies that the run had.",
+            )
         undo = cls([(model, name, old) for name, old in state["tensors"].items()])
+        for companion, replaced in zip(map(_inside, companions), state["averaged"], strict=True):
+            if isinstance(companion, nn.Module):
+                undo.tensors += [(companion, name, old) for name, old in replaced.items()]
+            else:
+                undo.mappings += [(companion, name, old) for name, old in replaced.items()]
         for name, held in state["states"].items():
             parameter = find_tensor(model, name)[2]
             for optimizer in optimizers:
                 if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
                     undo.optimizer.append((optimizer, model, name, dict(held)))
         return undo
+
+
+def _inside(companion: Companion) -> Companion:
+    return companion.module if isinstance(companion, torch.optim.swa_utils.AveragedModel) else companion
 
 
 def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
@@ -239,7 +263,8 @@ def _apply_to(
     if not isinstance(target, nn.Module):
         _apply_to_mapping(target, graph, group, edit, names, undo)
         return
-    module = target.module if isinstance(target, torch.optim.swa_utils.AveragedModel) else target
+    module = _inside(target)
+    assert isinstance(module, nn.Module)
     values = changed_biases(lambda name: _tensor_or_none(module, name), group, edit)
     found = {name: find_tensor(module, name) for name in {**dict.fromkeys(names), **values}}
     values |= {name: new_value(values.get(name, found[name][2]), group, edit, name) for name in names}

@@ -278,7 +278,8 @@ def _union(axes: list[Axis]) -> Tensor:
 class Observer:
     """Collects second moments at the readers while the model runs; hooks stand only inside ``with``.
 
-    Outputs, gradients and random state stay as they are. It may be entered again and goes on counting.
+    Outputs, gradients and random state stay as they are. It may be entered again and goes on counting. Compiled code
+    takes nothing of it in, and is not observed.
 
     Args:
         model: the traced module.
@@ -348,6 +349,8 @@ class Observer:
 
     def _hook(self, tap: _Tap) -> Any:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
             x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
             if self.enabled and x is not None and x.numel():
                 self._add(tap, x.detach())
