@@ -36,7 +36,7 @@ from weightfold.graph.trace import Example, trace
 from weightfold.history import Event, attempt_record, graph_record, in_words, undo_bytes
 from weightfold.ledger import Ledger
 from weightfold.methods.base import Method, Moment, Proposal, Refused
-from weightfold.ranks import Ranks, rewrapped, uncompiled, unwrapped
+from weightfold.ranks import Ranks, check_whole, rewrapped, uncompiled, unwrapped
 from weightfold.size import macs, parameters
 from weightfold.surgeon import Surgeon, check_finite, check_shapes, fits
 from weightfold.watching import Updates, Watcher
@@ -180,6 +180,7 @@ class Compressor:
         return self.graph
 
     def _first_look(self, optimizers: Sequence[torch.optim.Optimizer], averaged: Iterable[Companion]) -> Surgeon:
+        check_whole(self.model)
         check_finite(self.model)
         optim.assert_live(self.model, optimizers)
         traced = trace(self.model, self.example)

@@ -170,6 +170,20 @@ def _refuse(*_: Any) -> NoReturn:
     )
 
 
+def check_whole(model: nn.Module) -> None:
+    """Refuse a network whose parameters are shards: nothing can be edited in place.
+
+    Raises:
+        ConfigError: names a parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise ConfigError(
+                f"'{name}' is sharded over several processes, and its shape is fixed.",
+                remedy="Call weightfold.sharded.change_sharded, and compress the whole network there.",
+            )
+
+
 def compiled(model: nn.Module) -> bool:
     """Whether a module or some part of it runs as compiled code, in which hooks are skipped."""
     return any(

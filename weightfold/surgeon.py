@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from weightfold.errors import EditError
 from weightfold.graph import optim
@@ -17,6 +18,7 @@ from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.unfold import unfold_undo
 from weightfold.history import Origin
+from weightfold.ranks import unwrapped
 
 
 @dataclass(eq=False)
@@ -61,10 +63,13 @@ class Surgeon:
         """Name what must follow every edit.
 
         Raises:
-            EditError: an optimiser holds other parameters.
+            EditError: an optimiser holds other parameters, or an averaged copy is one of another network.
         """
         optim.assert_live(self.model, optimizers)
-        self.optimizers, self.averaged = tuple(optimizers), tuple(averaged)
+        self.optimizers, self.averaged = tuple(optimizers), tuple(map(_own, averaged))
+        for companion in self.averaged:
+            if isinstance(companion, nn.Module):
+                check_shapes(companion, self.graph, "The averaged copy is of another network.")
 
     def attempt(self, edit: Edit, graph: ChannelGraph | None = None) -> tuple[ChannelGraph, Undo]:
         """Apply an edit without counting it yet; ``graph`` if other attempts came before."""
@@ -163,6 +168,13 @@ class Surgeon:
             )
 
 
+def _own(companion: Companion) -> Companion:
+    """The averaged module itself, whatever was wrapped around the network when it was copied."""
+    if isinstance(companion, AveragedModel):
+        companion = companion.module
+    return unwrapped(companion) if isinstance(companion, nn.Module) else companion
+
+
 def fits(model: nn.Module, graph: ChannelGraph) -> bool:
     """Whether a network has the shapes of its graph."""
     try:
@@ -172,7 +184,10 @@ def fits(model: nn.Module, graph: ChannelGraph) -> bool:
     return True
 
 
-def check_shapes(model: nn.Module, graph: ChannelGraph) -> None:
+CHANGED = "The model changed after it was prepared: build a new Compressor and prepare it."
+
+
+def check_shapes(model: nn.Module, graph: ChannelGraph, remedy: str = CHANGED) -> None:
     """Refuse a network that someone else has changed.
 
     Raises:
@@ -183,7 +198,7 @@ def check_shapes(model: nn.Module, graph: ChannelGraph) -> None:
         if found != tuple(expected):
             raise EditError(
                 f"'{name}' has shape {found}; the graph expects {tuple(expected)}.",
-                remedy="The model changed after it was prepared: build a new Compressor and prepare it.",
+                remedy=remedy,
             )
 
 

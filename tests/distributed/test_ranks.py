@@ -19,7 +19,7 @@ from weightfold.ranks import Ranks, compiled, rewrapped, uncompiled, unwrapped
 WORKERS = Path(__file__).with_name("workers.py")
 NAMES = (
     "widths_given", "dialled", "refused", "unfolded", "first_rank_fails", "each_for_itself", "at_once", "compiled",
-    "sharded",
+    "sharded", "resumed",
 )  # fmt: skip
 DATA_PARALLEL = ("widths_given", "dialled", "refused", "unfolded")
 
@@ -130,6 +130,13 @@ def test_without_a_wrapper_every_process_decides_for_itself(both: Any) -> None:
     assert first["fingerprint"] != second["fingerprint"]
 
 
+def test_a_run_that_was_interrupted_while_an_event_was_watched(both: Any) -> None:
+    first, second = both("resumed")
+    assert first["watched"]
+    assert first["again"] == first["whole"] == second["whole"] == second["again"]
+    assert [event[2] for event in first["events"]] == ["fold", "fold", "unfold", "unfold"]
+
+
 def test_folding_at_once_and_undoing_it(both: Any) -> None:
     first, second = both("at_once")
     for key in ("folded", "fingerprint", "undone"):
@@ -148,6 +155,7 @@ def test_a_compiled_wrapper_is_compiled_again(both: Any) -> None:
 def test_a_sharded_network_is_folded_in_the_middle_of_training(both: Any) -> None:
     """Reference: the same run in one process, not sharded."""
     for result in both("sharded"):
+        assert "change_sharded" in result["refusal"]
         assert result["sharded"]
         assert result["moments"]
         assert result["losses"] == pytest.approx(result["expected"], abs=1e-5)

@@ -19,9 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from weightfold.compressor import Compressor
-from weightfold.errors import EditError
+from weightfold.errors import ConfigError, EditError
 from weightfold.fingerprint import fingerprint
 from weightfold.ledger import Ledger
 from weightfold.methods.fold import Fold
@@ -228,6 +229,11 @@ def grouped(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([decaying, rest], lr=1e-2)
 
 
+def shard(model: Any) -> None:
+    fully_shard(model.one)
+    fully_shard(model)
+
+
 def halve(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:
     c = Compressor(model, EXAMPLE, [Fold(keep=0.5)], ranks=ranks)
     c.prepare(optimizer)
@@ -251,12 +257,17 @@ def sharded(rank: int, folder: Path) -> dict[str, Any]:
     """The same run sharded and whole, folded in the middle."""
     data, world = batches(24, 7), Ranks(dist.group.WORLD)
     model: nn.Module = Normed()
-    fully_shard(model)
+    shard(model)
     optimizer = grouped(model)
+    try:
+        compressor(model, Fold(), rank, folder).prepare(optimizer)
+        refusal = ""
+    except ConfigError as error:
+        refusal = str(error)
     losses = steps(model, optimizer, data[:8])
     optimizer.param_groups[0]["lr"] = 5e-3
     model, optimizer = change_sharded(
-        model, optimizer, build=Normed, optimize=grouped, shard=fully_shard,
+        model, optimizer, build=Normed, optimize=grouped, shard=shard,
         change=lambda whole, own: halve(whole, own, world),
     )  # fmt: skip
     losses += steps(model, optimizer, data[8:])
@@ -269,6 +280,7 @@ def sharded(rank: int, folder: Path) -> dict[str, Any]:
     expected += steps(twin, own, data[8:])
     options = StateDictOptions(full_state_dict=True)
     return {
+        "refusal": refusal,
         "losses": losses,
         "expected": expected,
         "weights": get_model_state_dict(model, options=options),
@@ -279,6 +291,43 @@ def sharded(rank: int, folder: Path) -> dict[str, Any]:
         "decays": [g["weight_decay"] for g in optimizer.param_groups],
         "moments": all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values()),
     }
+
+
+def resumed(rank: int, folder: Path) -> dict[str, Any]:
+    """Interrupted while an event is watched; the average was made of the wrapped network."""
+
+    def begin() -> tuple[Compressor, torch.optim.Optimizer, AveragedModel]:
+        first = DistributedDataParallel(net())
+        average = AveragedModel(first)
+        fold = Fold(max_accuracy_loss=50.0, latency=TABLE, stats_batches=4, earliest=0.1, latest=0.2)
+
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs, targets) + 32 - first.module[0].out_features  # pyright: ignore
+
+        c = compressor(first, fold, rank, folder, max_increase=1e9, loss=loss, record=False)
+        c.prepare(optimizer := adam(c.model), [average])
+        return c, optimizer, average
+
+    with slow():
+        c, optimizer, average = begin()
+        data = batches(STEPS, rank)
+        train(c, optimizer, data[:10])
+        average.update_parameters(c.network)
+        parts = [part.state_dict() for part in (c, c.model, optimizer, average)]
+        box = [copy.deepcopy(parts)]
+        dist.broadcast_object_list(box, src=0)
+        watched = c._watch is not None
+        train(c, optimizer, data[10:])
+        average.update_parameters(c.network)
+        whole = fingerprint(c.model), fingerprint(average)
+
+        c, optimizer, average = begin()
+        for part, state in zip((c, c.model, optimizer, average), box[0], strict=True):
+            part.load_state_dict(state)
+        train(c, optimizer, data[10:])
+        average.update_parameters(c.network)
+    again = fingerprint(c.model), fingerprint(average)
+    return report(c, optimizer, whole=whole, again=again, watched=watched)
 
 
 def compiled(rank: int, folder: Path) -> dict[str, Any]:
