@@ -134,6 +134,21 @@ def test_a_killed_run_ends_where_a_whole_one_does(killed_runs: Any, point: int) 
     assert killed_runs[str(point)] == killed_runs["whole"]
 
 
+def test_a_restart_remembers_how_long_a_step_took() -> None:
+    model = net()
+    c = compressor(model)
+    c.prepare(optimizer := adam(model))
+    train(c, optimizer, n=5)
+    seconds = c._watcher.seconds_per_step
+    assert seconds is not None
+    c._watcher.pause()
+    assert c._watcher.seconds_per_step == seconds
+    again = compressor(net())
+    again.prepare()
+    again.load_state_dict(c.state_dict())
+    assert again._watcher.seconds_per_step == seconds
+
+
 # mixed precision ------------------------------------------------------------------------------------------------------
 
 

@@ -577,6 +577,7 @@ class Compressor:
             "events": [vars(event) for event in self.events],
             "frozen": sorted(self.frozen),
             "watch": None if watch is None else [watch.due, list(watch.before)],
+            "seconds_per_step": self._watcher.seconds_per_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -592,6 +593,7 @@ class Compressor:
         self._updates.follow(self._hands.optimizers, self._step)
         self.generator.set_state(state["generator"])
         self._watcher.load_state(self.graph, state["statistics"])
+        self._watcher.resume(state.get("seconds_per_step"))
         for method, value in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(value)
         self.events = [Event.from_state(event) for event in state["events"]]

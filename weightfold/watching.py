@@ -109,6 +109,7 @@ class Watcher:
         self._statistics: Statistics | None = {}
         self._stop: Callable[[], None] | None = None
         self._ticks: deque[float] = deque(maxlen=21)
+        self._pace: float | None = None
 
     def tick(self) -> None:
         """Note that a training step has ended."""
@@ -116,13 +117,19 @@ class Watcher:
 
     def pause(self) -> None:
         """Leave what comes now out of the time a step."""
+        self._pace = self.seconds_per_step
         self._ticks.clear()
+
+    def resume(self, seconds_per_step: float | None) -> None:
+        """Take a step's time from an interrupted run, until there is one of this run."""
+        self._pace = seconds_per_step
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median of the latest steps, all of the user's loop included."""
+        """Median of the latest steps, all of the user's loop included; what it was before, right after a pause."""
         gaps = [later - earlier for earlier, later in pairwise(self._ticks)]
-        return median(gaps) if gaps else None
+        self._pace = median(gaps) if gaps else self._pace
+        return self._pace
 
     def watch(self, graph: ChannelGraph) -> None:
         """Put hooks on for the next forward passes."""
