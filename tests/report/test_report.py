@@ -17,6 +17,7 @@ from weightfold.errors import ArtifactError, LedgerError
 from weightfold.ledger import Ledger
 from weightfold.report import write_report
 from weightfold.report.facts import gather
+from weightfold.report.weighed import _plan
 from weightfold.training import TrainConfig, train
 
 from ..training.conftest import TINY
@@ -158,3 +159,28 @@ def test_what_is_no_finished_run_is_refused(run: tuple[Path, dict[str, Any]], tm
     (out / "run.json").write_text('{"status": "running"}')
     with pytest.raises(ArtifactError, match="not finished"):
         gather(out)
+
+
+def test_what_a_dial_weighed_is_shown() -> None:
+    candidates = [
+        {
+            "share": share,
+            "widths": {},
+            "macs": share**2,
+            "predicted": 0.01,
+            "lost_energy": 0.0,
+            "forecast_points": price,
+        }
+        for share, price in ((0.5, 0.21), (0.75, 0.04))
+    ]
+    body = {
+        "step": 7, "trigger": "the latest step", "why": "<b>", "error_percent": 12.5, "priced_samples": 256,
+        "candidates": candidates, "chosen": candidates[0],
+    }  # fmt: skip
+    page = _plan(body, {"ratio": 0.4})
+    assert page.index("75%") < page.index("50%"), "from mild to strong"
+    assert "−0.21 points" in page
+    assert "40% of the time" in page
+    assert page.count("chosen") == 1
+    assert "&lt;b&gt;" in page
+    assert "12.5 %" in page

@@ -92,6 +92,7 @@ class Facts:
     losses: list[Curve]
     scores: list[Curve]
     timeline: Timeline
+    plans: list[tuple[dict[str, Any], dict[str, Any]]]
     entries: int
     head: str
 
@@ -121,6 +122,7 @@ def gather(folder: Path) -> Facts:
             [curve for arm in ARMS if (curve := _curve(ledger, arm, "loss", "seconds")).by_step],
             [curve for arm in ARMS if (curve := _curve(ledger, arm, "val_score", "val_seconds")).by_step],
             read_timeline(folder),
+            [(entry.body, entry.aside) for entry in ledger.entries() if "candidates" in entry.body],
             len(ledger),
             ledger.head,
         )
@@ -164,7 +166,9 @@ def _decisions(ledger: Ledger) -> Iterator[Decision]:
             yield Decision(entry.seq, entry.hash, *common, reason=attempts[-1].reason)
         elif entry.kind == "refusal":
             reason = str(entry.aside.get("why") or body["why"]).partition("\n")[0]
-            yield Decision(entry.seq, entry.hash, body["step"], "", body["method"], False, 0, 0, None, [], reason)
+            together = body.get("groups", [])
+            group = f"{len(together)} groups at once" if together else ""
+            yield Decision(entry.seq, entry.hash, body["step"], group, body["method"], False, 0, 0, None, [], reason)
 
 
 def _edit(seq: int, digest: str, body: dict[str, Any]) -> Decision:

@@ -10,6 +10,7 @@ from weightfold.artifact import write_bytes
 from weightfold.audit.folder import sealed
 from weightfold.report import origin, sections
 from weightfold.report.facts import Facts, gather
+from weightfold.report.weighed import weighed
 
 NAME = "report.html"
 STYLES = tuple(Path(__file__).with_name(name) for name in ("style.css", "timeline.css"))
@@ -40,6 +41,7 @@ def render(facts: Facts) -> str:
         sections.cards(facts),
         sections.curves(facts),
         sections.timeline(facts),
+        weighed(facts),
         sections.decisions(facts),
         sections.merges(facts),
         origin.table(facts),

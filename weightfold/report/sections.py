@@ -241,7 +241,8 @@ def _n_probe(facts: Facts) -> int:
 def _decision_row(facts: Facts, decision: Decision, limit: float | None) -> str:
     attempt = decision.attempts[-1] if decision.attempts else None
     mean = attempt.mean if attempt else None
-    channels = f"{decision.before} → {decision.after}" if decision.after != decision.before else f"{decision.before}"
+    changed = decision.after != decision.before
+    channels = f"{decision.before} → {decision.after}" if changed else str(decision.before or "–")
     plot = _interval(facts, decision, limit)
     tries = (
         f" at the {_ordinal(len(decision.attempts))} size" if len(decision.attempts) > 1 and decision.accepted else ""
