@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import weightfold as wf
 from weightfold.errors import ConfigError, DataError, EditError
 from weightfold.fingerprint import fingerprint
+from weightfold.ledger import Ledger
 from weightfold.methods.tie import Tie, TieConfig
 from weightfold.sharing.heads import TiedHeads, like_heads
 from weightfold.sharing.pairs import align_, pairs
@@ -404,6 +405,20 @@ def test_a_run_goes_on_after_a_restart_as_if_it_had_not_stopped(stop: int) -> No
     again = run(20, state=(stop, saved), max_increase=0.05)
     assert fingerprint(again[0]) == fingerprint(whole[0])
     assert again[2].bonds() == whole[2].bonds() != []
+
+
+def test_each_decision_is_in_the_ledger(tmp_path: Path) -> None:
+    model = deep()
+    with Ledger.create(tmp_path / "run.db", run={}) as ledger:
+        tie = Tie(similarity=-1.0, max_increase=0.5)
+        tie.prepare(model, loss=F.cross_entropy, probe=data(), ledger=ledger)
+        events = tie.once()
+        entries = list(ledger.entries())[1:]
+        ledger.verify()
+    assert [entry.kind for entry in entries] == [event.kind for event in events]
+    assert "tie" in [entry.kind for entry in entries]
+    assert entries[-1].body["fingerprint"] == fingerprint(model)
+    assert entries[0].body["kept"] == events[0].kept
 
 
 def test_a_network_without_like_layers_or_a_probe_is_refused() -> None:

@@ -19,7 +19,7 @@ agent. Relaxation: Bae et al. 2024, arXiv 2410.20672.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,10 +29,12 @@ from torch.nn.utils import parametrize
 
 from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError, TraceError
+from weightfold.fingerprint import fingerprint
 from weightfold.gate import Batch, Loss, Reading, compare, losses
 from weightfold.graph.apply import Undo
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.trace import Example, trace
+from weightfold.ledger import Ledger
 from weightfold.sharing.pairs import Pair, align_, inner_groups, pairs
 from weightfold.sharing.ties import Link, Ties
 from weightfold.size import parameters
@@ -156,6 +158,7 @@ class Tie:
         probe: Sequence[Batch],
         example: Example | None = None,
         total_steps: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         """Find everything that can be found wrong before the first batch.
 
@@ -163,6 +166,7 @@ class Tie:
             loss, probe: fixed batches of the training split that every tie is measured on.
             example: what `trace` takes; needed for the order of hidden units only.
             total_steps: length of the run in optimiser steps.
+            ledger: where each tie, refusal and untie is recorded, with the fingerprint of the network after it.
         Raises:
             ConfigError: no pair of layers has the same kind and shapes, or there is no probe.
             DataError: weights are not finite, or the loss on the probe is not.
@@ -174,7 +178,7 @@ class Tie:
         if not pairs(model, self.config.layers):
             raise ConfigError("No two layers of this network have the same kind and weights of the same shapes.")
         self.model, self.loss, self.probe = model, loss, list(probe)
-        self.example, self.total_steps = example, total_steps
+        self.example, self.total_steps, self.ledger = example, total_steps, ledger
         self._optimizers = () if optimizer is None else (optimizer,)
         self.ties = Ties(model, self._optimizers, self.config.gradient)
         if not all(value == value and abs(value) < float("inf") for value in self._losses()):
@@ -190,7 +194,7 @@ class Tie:
         first, last = (round(share * self.total_steps) for share in (self.config.start, self.config.until))
         if first <= self._step <= last and (self._step - first) % self.config.every == 0:
             events += self._attempt()
-        self.events += events
+        self._keep(events)
         return events
 
     def once(self) -> list[TieEvent]:
@@ -200,8 +204,17 @@ class Tie:
         while new:
             events += new
             new = self._attempt()
-        self.events += events
+        self._keep(events)
         return events
+
+    def _keep(self, events: list[TieEvent]) -> None:
+        self.events += events
+        if self.ledger is None:
+            return
+        for event in events:
+            facts = {name: value for name, value in asdict(event).items() if name not in ("kind", "reason")}
+            body = {"method": self.name, **facts, "why": event.reason, "fingerprint": fingerprint(self.model)}
+            self.ledger.append(event.kind, body)
 
     def _attempt(self) -> list[TieEvent]:
         """Try the most alike pairs until one is tied."""
