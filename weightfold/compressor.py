@@ -15,6 +15,7 @@ The user keeps the training loop::
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,16 +25,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from weightfold.errors import ConfigError, DataError, EditError, WeightfoldError
+from weightfold.errors import ConfigError, EditError, WeightfoldError
 from weightfold.fingerprint import digest, fingerprint
-from weightfold.gate import Batch, Loss, Reading, check_probe, compare, losses
+from weightfold.gate import Batch, Loss, Reading, check_enough, check_probe, compare, losses
 from weightfold.graph import optim
 from weightfold.graph.apply import Companion, Undo, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import Example, trace
-from weightfold.history import Event, attempt_record, graph_record, in_words, undo_bytes
+from weightfold.history import Event, attempt_record, in_words, network_record, undo_bytes
 from weightfold.ledger import Ledger
 from weightfold.methods.base import Method, Moment, Proposal, Refused
 from weightfold.ranks import Ranks, check_whole, rewrapped, uncompiled, unwrapped
@@ -190,20 +191,14 @@ class Compressor:
             check_probe(self.model, self.probe, self.loss)
         for method in self.methods:
             method.prepare(self._moment())
-        self._record("prepare", self._preparation(traced, surgeon))
-        return surgeon
-
-    def _preparation(self, traced: ChannelGraph, surgeon: Surgeon) -> dict[str, Any]:
-        return {
-            **graph_record(surgeon.graph, traced),
-            "fingerprint": fingerprint(self.model),
-            "methods": [{"name": m.name, "config": m.config.model_dump(mode="json")} for m in self.methods],
-            "parameters": parameters(self.model),
+        settings = {
             "total_steps": self.total_steps,
             "max_increase": self.max_increase,
-            "optimizers": [type(o).__name__ for o in surgeon.optimizers],
             "probe_batches": len(self.probe),
         }
+        body = {**network_record(self.model, surgeon.graph, traced, surgeon.optimizers, self.methods), **settings}
+        self._record("prepare", body)
+        return surgeon
 
     # in training ----------------------------------------------------------------------------------------------------
 
@@ -384,12 +379,7 @@ class Compressor:
         """
         optim.assert_live(self.model, self._hands.optimizers)
         self._updates.check()
-        n_probe = sum(_length(inputs) for inputs, _ in self.probe)
-        if self.probe and n_probe < self._watcher.batch_size:
-            raise DataError(
-                f"The probe has {n_probe} samples, fewer than one training batch of {self._watcher.batch_size}.",
-                remedy="Pass a larger probe.",
-            )
+        check_enough(self.probe, self._watcher.batch_size)
 
     def _losses(self) -> list[float]:
         assert self.loss is not None
@@ -473,7 +463,7 @@ class Compressor:
         return reading, [], self._too_much(reading)
 
     def _passes(self, reading: Reading) -> bool:
-        return _finite(reading.upper) and reading.upper <= self.max_increase
+        return math.isfinite(reading.upper) and reading.upper <= self.max_increase
 
     def _too_much(self, reading: Reading) -> str:
         return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
@@ -537,7 +527,7 @@ class Compressor:
         body = {"step": self._step, "groups": groups, "before": reading.before, "after": reading.after}
         body = in_words(body)
         self._record("watch", in_words({**body, "lower": reading.lower, "recovered": back}))
-        if back or not _finite(reading.mean):
+        if back or not math.isfinite(reading.mean):
             self._hands.forget(1)
             return []
         started = time.perf_counter()
@@ -560,18 +550,11 @@ class Compressor:
 
         While an event is watched, what it replaced is part of it.
         """
-        maps: dict[str, bytes] = {}
-
-        def put(data: bytes) -> str:
-            maps[str(len(maps))] = data
-            return str(len(maps) - 1)
-
         watch = self._watch
         return {
-            **self._hands.state(put, 0 if watch is None else watch.n_edits),
+            **self._hands.state(0 if watch is None else watch.n_edits),
             "step": self._step,
             "generator": self.generator.get_state(),
-            "maps": {key: torch.frombuffer(bytearray(data), dtype=torch.uint8) for key, data in maps.items()},
             "statistics": self._watcher.to_state(),
             "methods": [method.state_dict() for method in self.methods],
             "events": [vars(event) for event in self.events],
@@ -588,7 +571,7 @@ class Compressor:
         Raises:
             EditError: the network is not the one that the run started with.
         """
-        self._hands.load(state, lambda key: state["maps"][key].numpy().tobytes())
+        self._hands.load(state)
         self._step = int(state["step"])
         self._updates.follow(self._hands.optimizers, self._step)
         self.generator.set_state(state["generator"])
@@ -609,16 +592,5 @@ def _restore(done: Sequence[_Trial]) -> None:
         trial.undo.restore()
 
 
-def _length(inputs: Any) -> int:
-    if isinstance(inputs, Tensor):
-        return len(inputs)
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return next((len(value) for value in values if isinstance(value, Tensor)), 0)
-
-
 def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
     return tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,27 @@ def losses(
     """The loss on every probe batch."""
     with probing(model), autocast():
         return [float(loss(model(inputs), targets)) for inputs, targets in probe]
+
+
+def check_enough(probe: Sequence[Batch], batch_size: int) -> None:
+    """Refuse a probe that sees less than one training step.
+
+    Raises:
+        DataError: it has fewer samples than a batch.
+    """
+    n_probe = sum(_length(inputs) for inputs, _ in probe)
+    if probe and n_probe < batch_size:
+        raise DataError(
+            f"The probe has {n_probe} samples, fewer than one training batch of {batch_size}.",
+            remedy="Pass a larger probe.",
+        )
+
+
+def _length(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next((len(value) for value in values if isinstance(value, Tensor)), 0)
 
 
 def check_probe(model: nn.Module, probe: Sequence[Batch], loss: Loss) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from weightfold.fingerprint import fingerprint
 from weightfold.gate import Reading
 from weightfold.graph.apply import Undo
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.layout import layout
-from weightfold.methods.base import Key, Proposal
+from weightfold.methods.base import Key, Method, Proposal
+from weightfold.size import parameters
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,23 @@ def graph_record(graph: ChannelGraph, traced: ChannelGraph) -> dict[str, Any]:
         "groups": [[g.name, g.kind, g.n_channels, sorted(g.admits)] for g in graph],
         "refused": refused,
         "frozen": [[f.tensor, f.dim, f.n, f.reason] for f in graph.frozen],
+    }
+
+
+def network_record(
+    model: nn.Module,
+    graph: ChannelGraph,
+    traced: ChannelGraph,
+    optimizers: Sequence[torch.optim.Optimizer],
+    methods: Sequence[Method],
+) -> dict[str, Any]:
+    """What is prepared: the network, who trains it, and what may change it."""
+    return {
+        **graph_record(graph, traced),
+        "fingerprint": fingerprint(model),
+        "methods": [{"name": m.name, "config": m.config.model_dump(mode="json")} for m in methods],
+        "parameters": parameters(model),
+        "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
     }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -134,16 +134,23 @@ class Surgeon:
             else:
                 self.keep(what, *self.attempt(what))
 
-    def state(self, put: Callable[[bytes], str], n_watched: int) -> dict[str, Any]:
+    def state(self, n_watched: int) -> dict[str, Any]:
         """The edits so far, and what the latest replaced, as plain data and tensors."""
+        maps: dict[str, Tensor] = {}
+
+        def put(data: bytes) -> str:
+            maps[str(len(maps))] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return str(len(maps) - 1)
+
         watched = self.applied[len(self.applied) - n_watched :]
         return {
             "edits": [applied.edit.to_record(put) for applied in self.applied],
+            "maps": maps,
             "undo": [a.undo.to_state(self.averaged) for a in watched if a.undo is not None],
             "shapes": {name: list(shape) for name, shape in self.graph.shapes.items()},
         }
 
-    def load(self, state: Mapping[str, Any], get: Callable[[str], bytes]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Bring a network of the first structure to that of an interrupted run.
 
         Raises:
@@ -151,7 +158,8 @@ class Surgeon:
         """
         if self.applied:
             raise EditError("The network was edited already.", remedy="Load into a freshly built and prepared one.")
-        self.obey([Edit.from_record(record, get) for record in state["edits"]])
+        maps = state["maps"]
+        self.obey([Edit.from_record(record, lambda key: maps[key].numpy().tobytes()) for record in state["edits"]])
         self._check_shapes(state["shapes"])
         undos = state["undo"]
         self.forget(0)
