@@ -2,7 +2,8 @@
 
 A copy is cut to each plan of widths and takes real steps: forward, backward, the optimiser's update. Between measured
 plans the time is interpolated over multiply-accumulates. Copies share nothing with the network; random state is put
-back. Cost: three steps a plan, at the plan's own speed; one, where it is slow.
+back. Cost: three steps a plan, at the plan's own speed; two, where it is slow (the
+first step at new shapes pays for kernels that are made then).
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _time(
         took = time.perf_counter() - start
         best = min(best, took)
         spent = took if number == 0 else spent + took
-        if spent > LONG_ENOUGH:
+        if number and spent > LONG_ENOUGH:
             break
     return best
 
