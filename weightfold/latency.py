@@ -2,8 +2,8 @@
 
 A copy is cut to each plan of widths and takes real steps: forward, backward, the optimiser's update. Between measured
 plans the time is interpolated over multiply-accumulates. Copies share nothing with the network; random state is put
-back. Cost: three steps a plan, at the plan's own speed; two, where it is slow (the
-first step at new shapes pays for kernels that are made then).
+back. Cost: three steps a plan, at the plan's own speed; two, where it is slow. One would not do: the first step at new
+shapes pays for kernels that are made then.
 """
 
 from __future__ import annotations
