@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Attract": "weightfold.methods.attract",
     "ChannelGraph": "weightfold.graph",
     "ChannelGroup": "weightfold.graph",
     "Compressor": "weightfold.compressor",
