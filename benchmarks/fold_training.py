@@ -125,10 +125,10 @@ def train(
     total, done, flops = steps, 0, 0.0
     ticks: list[float] = []
     event: dict[str, Any] = {}
+    began = time.perf_counter()
     for x, y in bed.batches(seed, 10**9):
         if done == total:
             break
-        began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = beds.rate(beds.PEAK[bed.name], done, total)
         with bed.autocast():
@@ -148,6 +148,7 @@ def train(
                 ticks.clear()
                 if stretch is not None:
                     total = stretch(done, method)
+        began = time.perf_counter()
     if compressor is not None:
         compressor.convert()
         event["kinds"] = sorted({e.kind for e in compressor.events})
