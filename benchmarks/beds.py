@@ -5,6 +5,8 @@
     cifar-vgg        64-64-128-128-256 on 15,000 images, 720 steps of 125: right-sized, few steps
     cifar-vgg-long   half as wide, 1,920 steps
     cifar-resnet18   the wide ResNet-18 on 50,000 images, 16 epochs of 128, bf16: GPU
+    cifar-airbench   the network of airbench94 (Jordan, arXiv 2404.00498) at 128-384-512 channels, its first layer whitens
+                     patches and is fixed, 16 epochs of 500, bf16: GPU. Differs in: plain SGD, one view at test
 
 Tuning looks at the last 10,000 training samples (`--tune`); results are on the test set.
 """
@@ -106,7 +108,9 @@ def rate(peak: float, step: int, steps: int) -> float:
 
 
 def sgd(peak: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return lambda model: torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
 
 
 def adamw(peak: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -196,6 +200,53 @@ def resnet18(seed: int) -> nn.Module:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
+class Airbench(nn.Module):
+    """A fixed whitening convolution, three stages of two convolutions with batch norm and GELU, a scaled linear layer."""
+
+    def __init__(self, widths: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.whiten = nn.Conv2d(3, 24, 2, bias=True)
+        stages: list[nn.Module] = []
+        n_in = 24
+        for n_out in widths:
+            stages += [
+                nn.Conv2d(n_in, n_out, 3, padding=1, bias=False),
+                nn.MaxPool2d(2),
+                nn.BatchNorm2d(n_out),
+                nn.GELU(),
+            ]
+            stages += [nn.Conv2d(n_out, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.GELU()]
+            n_in = n_out
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(n_in, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.gelu(self.whiten(x)))
+        return self.head(x.amax((2, 3))) / 9
+
+    @torch.no_grad()
+    def whiten_(self, images: Tensor) -> None:
+        """Set the first layer to the principal axes of the patches, both signs, and fix it."""
+        patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        axes = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2).flip(0)
+        self.whiten.weight.copy_(torch.cat([axes, -axes]))
+        self.whiten.bias.zero_()
+        self.whiten.requires_grad_(False)
+
+
+def airbench(inputs: Tensor) -> Callable[[int], nn.Module]:
+    some = normaliser(inputs, mirror=False)(inputs[:1000], inputs[:0], None)
+
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        net = Airbench((128, 384, 512))
+        net.whiten_(some)
+        return net
+
+    return make
+
+
 # sentences ------------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +303,14 @@ def minilm(seed: int) -> nn.Module:
 
 # beds -----------------------------------------------------------------------------------------------------------------
 
-PEAK = {"mnist-mlp": 0.1, "minilm-sst2": 1e-4, "cifar-vgg": 0.2, "cifar-vgg-long": 0.2, "cifar-resnet18": 0.2}
+PEAK = {
+    "mnist-mlp": 0.1,
+    "minilm-sst2": 1e-4,
+    "cifar-vgg": 0.2,
+    "cifar-vgg-long": 0.2,
+    "cifar-resnet18": 0.2,
+    "cifar-airbench": 0.5,
+}
 """Highest learning rates, tuned for the dense arm on training samples held out."""
 
 NAMES = tuple(PEAK)
@@ -275,6 +333,10 @@ def open_bed(name: str, shared: Path, *, tune: bool = False, scale: float = 1.0,
         x, y, tx, ty = images(shared, "cifar10-jpeg", None, tune)
         steps = round(16 * len(x) // 128 * scale)
         return Bed(name, resnet18, sgd(peak), x, y, tx, ty, cropper(x), steps, 128, place, bf16=True)
+    if name == "cifar-airbench":
+        x, y, tx, ty = images(shared, "cifar10-jpeg", None, tune)
+        steps = round(16 * len(x) // 500 * scale)
+        return Bed(name, airbench(x), sgd(peak), x, y, tx, ty, cropper(x), steps, 500, place, bf16=True)
     x, y, tx, ty = images(shared, "cifar10-jpeg", 15_000, tune)
     wide = name == "cifar-vgg"
     make = vgg((64, 64, 128, 128, 256) if wide else (32, 32, 64, 64, 128))
