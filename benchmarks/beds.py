@@ -201,7 +201,7 @@ def resnet18(seed: int) -> nn.Module:
 
 
 class Airbench(nn.Module):
-    """A fixed whitening convolution, three stages of two convolutions with batch norm and GELU, a scaled linear layer."""
+    """A fixed whitening layer, three stages of two convolutions with batch norm and GELU, a scaled linear layer."""
 
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__()
