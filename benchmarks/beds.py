@@ -5,8 +5,8 @@
     cifar-vgg        64-64-128-128-256 on 15,000 images, 720 steps of 125: right-sized, few steps
     cifar-vgg-long   half as wide, 1,920 steps
     cifar-resnet18   the wide ResNet-18 on 50,000 images, 16 epochs of 128, bf16: GPU
-    cifar-airbench   the network of airbench94 (Jordan, arXiv 2404.00498) at 128-384-512 channels, its first layer whitens
-                     patches and is fixed, 16 epochs of 500, bf16: GPU. Differs in: plain SGD, one view at test
+    cifar-airbench   the network of airbench94 (Jordan, arXiv 2404.00498) at 128-384-512 channels, its first layer fixed
+                     to whiten patches, 16 epochs of 500, bf16: GPU. Differs in: plain SGD, one view at test
 
 Tuning looks at the last 10,000 training samples (`--tune`); results are on the test set.
 """
