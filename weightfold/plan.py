@@ -26,6 +26,9 @@ SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 IDLE = 1e-4
 """Predicted change of the loss, in its unit, up to which a whole branch counts as idle."""
 
+LEAST_SAVING = 0.1
+"""Share of a training step's time that an event must save at least."""
+
 REPAY = 3.0
 """How many times its own cost an event must save."""
 

@@ -24,7 +24,7 @@ class Grid:
         align: widths are multiples of it where the group is that wide, for hardware that likes them; 0 or 1: any.
         min_channels: no group gets narrower.
         floor: no group keeps a smaller share.
-        vector: in place of ``align`` the largest power of two up to this that is at most an eighth of the group.
+        vector: in place of ``align`` the largest power of two up to this that is at most a quarter of the group.
     """
 
     align: int = 0
@@ -47,7 +47,7 @@ class Grid:
         return [group.n_channels, *below]
 
     def _vector(self, n_channels: int) -> int:
-        return min(self.vector, 1 << max(n_channels // 8, 1).bit_length() - 1)
+        return min(self.vector, 1 << max(n_channels // 4, 1).bit_length() - 1)
 
     def nearest(self, group: ChannelGroup, width: float) -> int:
         """The allowed width nearest to a wished one; of two equally near, the wider."""

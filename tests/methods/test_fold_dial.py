@@ -193,3 +193,10 @@ def test_a_goal_out_of_reach_takes_the_narrowest_and_says_so() -> None:
 def test_the_forecast_grows_with_the_error_and_the_lost_energy() -> None:
     assert accuracy_price(0.0, 0.5, 0.1) == 0.0
     assert accuracy_price(20.0, 0.01, 0.1) < accuracy_price(40.0, 0.01, 0.1) < accuracy_price(40.0, 0.05, 0.1)
+
+
+def test_a_step_that_is_hardly_quicker_is_not_worth_an_event(tmp_path: Path) -> None:
+    model, _, ledger = run(tmp_path / "a.db", max_accuracy_loss=50.0, latency={"0.5": 0.97, "0.01": 0.95})
+    [refusal] = [entry.body for entry in ledger.entries() if entry.kind == "refusal"]
+    assert "less than 10% quicker" in refusal["why"]
+    assert model[0].out_features == 64

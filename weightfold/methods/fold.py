@@ -35,6 +35,7 @@ from weightfold.heads import HeadJob, partner_of
 from weightfold.latency import Latency, measure
 from weightfold.methods.base import Key, Method, Moment, Proposal, Refused
 from weightfold.plan import (
+    LEAST_SAVING,
     REPAY,
     SHARES,
     AnyJob,
@@ -344,12 +345,15 @@ class Fold(Method):
         return Decision(narrower, decision.reason, decision.reached, decision.ratio)
 
     def _repaid(self, moment: Moment, decision: Decision, macs: MacModel, spent: float) -> Decision:
-        """Refuse an event that saves less than three times its cost."""
+        """Refuse an event that makes steps hardly quicker, or saves less than three times its cost."""
         chosen = decision.chosen
         if chosen is None:
             return decision
         table = self._timed(moment, macs, [chosen.widths])
         ratio = table.ratio(chosen.macs * macs.total)
+        if 1 - ratio < LEAST_SAVING:
+            reason = f"at {chosen.share:.2g} of the channels a step would be less than {LEAST_SAVING:.0%} quicker"
+            return Decision(None, reason, reached=False, ratio=round(ratio, 2))
         each = moment.seconds_per_step or table.rows[0].seconds
         saved = each * (1 - ratio) * (moment.total_steps - moment.step)
         cost = 2 * spent
