@@ -36,10 +36,9 @@ class Bed:
     """One network's training, whole.
 
     Args:
-        make: a fresh network, by seed and share of its hidden widths.
+        make: a fresh network, by seed.
         inputs: training samples; `take` makes a batch of some of them.
         steps: of the dense run, each over `batch` samples.
-        peak: highest learning rate, after 5 % of linear warm-up; then half a cosine down to 0.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Bed:
     batch: int
     device: torch.device
     bf16: bool = False
-    flops: Callable[[nn.Module, Tensor], float] | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()

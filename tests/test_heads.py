@@ -96,8 +96,7 @@ def test_elimination_is_no_worse_than_any_single_choice() -> None:
     assert job.lost_energy(job.kept(3)) == pytest.approx(min(singles))
 
 
-def test_folding_by_dial_takes_heads_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightfold.watching.Watcher.seconds_per_step", property(lambda _: 1.0))
+def test_folding_by_dial_takes_heads_along() -> None:
     net = make(copies=True).float().train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     g = torch.Generator().manual_seed(3)

@@ -353,6 +353,7 @@ class Compressor:
                     proposals = method.step(self._moment())
                 if proposals:
                     self._check_still_ours()
+                    self._settle_watch()
             except WeightfoldError as error:
                 weighed = (error.body, error.aside) if isinstance(error, Refused) else ({}, {})
                 body = {"method": method.name, "step": self._step, "why": str(error)}
@@ -380,6 +381,13 @@ class Compressor:
         optim.assert_live(self.model, self._hands.optimizers)
         self._updates.check()
         check_enough(self.probe, self._watcher.batch_size)
+
+    def _settle_watch(self) -> None:
+        """Let the event before prove itself before another begins."""
+        back = self._look_back(last=True)
+        self.events += back
+        if back:
+            raise EditError("The event before had to be taken back: what was proposed on top of it is void.")
 
     def _losses(self) -> list[float]:
         assert self.loss is not None
@@ -452,20 +460,20 @@ class Compressor:
                 return None, done, ""
             reading = compare(before, self._losses())
         except EditError as error:
-            _restore(done)
+            self._hands.restore([trial.undo for trial in done])
             return None, [], error.message
         except BaseException:
-            _restore(done)
+            self._hands.restore([trial.undo for trial in done])
             raise
-        if self._passes(reading):
-            return reading, done, ""
-        _restore(done)
-        return reading, [], self._too_much(reading)
-
-    def _passes(self, reading: Reading) -> bool:
-        return math.isfinite(reading.upper) and reading.upper <= self.max_increase
+        if reason := self._too_much(reading):
+            self._hands.restore([trial.undo for trial in done])
+            return reading, [], reason
+        return reading, done, ""
 
     def _too_much(self, reading: Reading) -> str:
+        """Why the gate says no; empty where it does not."""
+        if reading.upper <= self.max_increase and math.isfinite(reading.upper):
+            return ""
         return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
 
     def _keep(self, method: Method, trial: _Trial, attempts: list[dict[str, Any]], seconds: float) -> None:
@@ -503,9 +511,8 @@ class Compressor:
         Raises:
             EditError: what they replaced is not in memory any more.
         """
-        if any(applied.undo is None for applied in self._hands.applied[-n_edits:]) or n_edits > len(
-            self._hands.applied
-        ):
+        latest = self._hands.applied[-n_edits:]
+        if len(latest) < n_edits or any(applied.undo is None for applied in latest):
             raise EditError(
                 f"The latest {n_edits} edits cannot be unfolded: what they replaced is not held any more.",
                 remedy="Undo them on the saved model, from the ledger.",
@@ -585,11 +592,6 @@ class Compressor:
             self._watch = _Watch(int(state["watch"][0]), tuple(state["watch"][1]), len(state["undo"]))
         self._wrap_anew()
         self._observe()
-
-
-def _restore(done: Sequence[_Trial]) -> None:
-    for trial in reversed(done):
-        trial.undo.restore()
 
 
 def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:

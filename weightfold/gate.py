@@ -46,6 +46,11 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Reading:
     )
 
 
+def _follows_batch(norm: nn.Module, model: nn.Module) -> bool:
+    """Whether training lets a batch norm follow the batch: it is not frozen, and would not wait for other processes."""
+    return not isinstance(norm, nn.SyncBatchNorm) and (norm.training or not model.training)
+
+
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout; batch norms use the batch and leave their running statistics alone.
@@ -53,7 +58,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     Running statistics lag behind an edit; measuring with them would mix that lag with real damage.
     """
     modes = {module: module.training for module in model.modules()}
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _follows_batch(m, model)]
     kept = [(m, m.momentum, m.num_batches_tracked) for m in norms]
     model.eval()
     for norm in norms:

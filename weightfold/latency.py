@@ -132,6 +132,9 @@ def _time(
     params = dict(twin.named_parameters())
     own = [_rebuilt(optimizer, names, params) for optimizer in optimizers]
     twin.train()
+    for module in twin.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.eval()
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     best = spent = float("inf")
     for number in range(steps + 1):

@@ -90,9 +90,14 @@ def candidate(
     parts = [] if trails is None else [job.residual(trails, widths[job.group.name]) for job in cut]
     whole = [part for part in parts if part is not None]
     predicted = predict(sum(whole[1:], whole[0])) if whole and len(whole) == len(cut) else None
-    error = None if trails is None else trails.error_percent
+    error = None if trails is None or trails.error_percent is None else _floored(trails)
     price = None if error is None else accuracy_price(error, lost, progress)
     return Candidate(kept, dict(widths), macs.at(widths) / macs.total, predicted, lost, price)
+
+
+def _floored(trails: Trails) -> float:
+    """The error in per cent, no less than one more wrong answer would make it: a solved probe is no solved task."""
+    return max(trails.error_percent or 0.0, 100 / (trails.n_samples + 2))
 
 
 def knapsack(jobs: Sequence[AnyJob], macs: MacModel, like: Candidate, grid: Grid) -> dict[str, int]:
@@ -141,7 +146,7 @@ def without_idle(jobs: Sequence[AnyJob], trails: Trails, like: Candidate, grid: 
     """
     widths = dict(like.widths)
     for job in jobs:
-        name, least = job.group.name, grid.widths(job.group)[-1]
+        name, least = job.group.name, grid.nearest(job.group, SHARES[-1] * job.group.n_channels)
         there, here = job.residual(trails, least), job.residual(trails, widths[name])
         if least < widths[name] and there is not None and here is not None:
             costs = abs(predict(there)) + float(there.std()) / len(there) ** 0.5

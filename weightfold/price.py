@@ -16,7 +16,7 @@ differs in: residuals after compensation in place of whole channels, and the fir
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,18 +155,25 @@ def _record(
 ) -> tuple[dict[tuple[str, Key], Trail], int, float | None]:
     opened = {(g.name, a.key): _Open(a) for g in groups for a in g.role("read") if a.tap is not None}
     size = _size(targets, inputs)
-    held = [(p, p.grad) for p in model.parameters()]
-    for p, _ in held:
-        p.grad = None
     with probing(model), torch.enable_grad(), _recording(model, opened):
         with autocast():
             outputs = model(inputs)
             value = loss(outputs, targets)
-        value.backward()
-    for p, grad in held:
-        p.grad = grad
+        _differentiate(value, opened.values())
     found = {key: trail for key, o in opened.items() if (trail := _trail(o, size, first)) is not None}
     return found, size, error_percent(outputs, targets)
+
+
+def _differentiate(value: Tensor, readers: Iterable[_Open]) -> None:
+    """Gradients at the recorded inputs alone: nothing reaches parameters, their hooks or their gradients."""
+    inputs = list({id(x): x for reader in readers for x, _ in reader.calls}.values())
+    gradients = torch.autograd.grad(value, inputs, allow_unused=True) if inputs else ()
+    by_input = {id(x): g for x, g in zip(inputs, gradients, strict=True)}
+    for reader in readers:
+        for x, gradient in reader.calls:
+            found = by_input[id(x)]
+            if found is not None:
+                gradient.append(found)
 
 
 def error_percent(outputs: Any, targets: Any) -> float | None:
@@ -187,8 +194,13 @@ def error_percent(outputs: Any, targets: Any) -> float | None:
 
 
 def _size(targets: Any, inputs: Any) -> int:
-    tensor = next(x for x in (targets, inputs) if isinstance(x, Tensor))
-    return len(tensor)
+    """Samples of a batch: the length of its first tensor."""
+    for part in (targets, inputs):
+        values = part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else (part,)
+        for value in values:
+            if isinstance(value, Tensor) and value.ndim:
+                return len(value)
+    return 0
 
 
 @contextmanager
@@ -213,10 +225,8 @@ def _hook(readers: Sequence[_Open]) -> Any:
         x = args[0].view_as(args[0])
         if not x.requires_grad:
             x.requires_grad_()
-        gradient: list[Tensor] = []
-        x.register_hook(lambda g: gradient.append(g.detach()))
         for reader in readers:
-            reader.calls.append((x.detach(), gradient))
+            reader.calls.append((x, []))
         return (x, *args[1:])
 
     return record
@@ -230,7 +240,7 @@ def _trail(reader: _Open, size: int, first: int) -> Trail | None:
     for x, gradient in reader.calls:
         if len(x) != size or dim % x.ndim == 0 or not gradient:
             return None
-        rows_RC = rows_of(x, dim, reader.axis.index)
+        rows_RC = rows_of(x.detach(), dim, reader.axis.index)
         reads.append(rows_RC.float().cpu())
         gradients.append(rows_of(gradient[0], dim, reader.axis.index).float().cpu() * size)
         samples.append(torch.arange(first, first + size).repeat_interleave(math.ceil(len(rows_RC) / size)))

@@ -16,6 +16,7 @@ from weightfold.graph import optim
 from weightfold.graph.apply import Companion, Undo, apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph
+from weightfold.graph.sizes import sync_sizes
 from weightfold.graph.unfold import unfold_undo
 from weightfold.history import Origin
 from weightfold.ranks import unwrapped
@@ -83,6 +84,11 @@ class Surgeon:
         self.graph = graph
         self.journal.append(edit)
 
+    def restore(self, undos: Sequence[Undo]) -> None:
+        """Take attempts back that were not counted, the latest first."""
+        for undo in reversed(undos):
+            undo.restore()
+
     def forget(self, n_latest: int) -> None:
         """Hold in memory what the latest edits replaced, and nothing older."""
         for applied in self.applied[: len(self.applied) - n_latest]:
@@ -100,6 +106,9 @@ class Surgeon:
         assert last.undo is not None
         self._forget_newer_state(last.undo)
         last.undo.restore()
+        group, narrow = last.graph[last.edit.group], self.graph[last.edit.group]
+        back = Edit(group.name, "undo", narrow.n_channels, torch.arange(group.n_channels))
+        sync_sizes(self.model, narrow, back, list(dict.fromkeys(a.tensor for a in group.axes)), [])
         self.graph, self.origin = last.graph, last.origin
         optim.assert_live(self.model, self.optimizers)
         return last.edit

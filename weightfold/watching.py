@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from weightfold.errors import DataError, EditError
@@ -95,7 +96,7 @@ class Watcher:
 
     Attributes:
         batch_size: samples in the latest watched batch; 0 before any.
-        autocast: the mixed precision that the user's loop works in.
+        precision: device and type of the mixed precision that the user's loop works in; None for none.
         seconds: spent on statistics so far.
     """
 
@@ -103,7 +104,7 @@ class Watcher:
         self.network = network
         self.model = unwrapped(network)
         self.batch_size = 0
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.precision: tuple[str, torch.dtype] | None = None
         self.seconds = 0.0
         self._observer: Observer | None = None
         self._statistics: Statistics | None = {}
@@ -194,15 +195,20 @@ class Watcher:
         return self.seconds + (0.0 if self._observer is None else self._observer.seconds)
 
     def to_state(self) -> dict[str, Any]:
-        """The running sums, for a checkpoint."""
-        return {} if self._observer is None else self._observer.to_state()
+        """The running sums and the precision, for a checkpoint."""
+        precision = (
+            None if self.precision is None else [self.precision[0], str(self.precision[1]).removeprefix("torch.")]
+        )
+        return {"sums": {} if self._observer is None else self._observer.to_state(), "precision": precision}
 
     def load_state(self, graph: ChannelGraph, state: dict[str, Any]) -> None:
         """Go on from what `to_state` gave."""
         self.clear()
-        if state:
+        if state["precision"] is not None:
+            self.precision = state["precision"][0], getattr(torch, state["precision"][1])
+        if state["sums"]:
             self._observer, self._statistics = Observer(self.model, graph), None
-            self._observer.load_state(state)
+            self._observer.load_state(state["sums"])
 
     def observed(self, graph: ChannelGraph, batches: Iterable[Any]) -> Statistics:
         """Statistics of whole batches in eval mode, apart from those of the run."""
@@ -222,16 +228,15 @@ class Watcher:
             return
         if self._observer is not None:
             self._observer.enabled = self.model.training
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if first is None or not first.ndim:
-            return
-        self.batch_size = len(first)
-        kind = next((p.device.type for p in self.model.parameters()), first.device.type)
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            self.autocast = lambda: torch.autocast(kind, dtype)
-        else:
-            self.autocast = nullcontext
+        kind = next((p.device.type for p in self.model.parameters()), "cpu")
+        self.precision = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        first = next((a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)), None)
+        if first is not None and first.ndim:
+            self.batch_size = len(first)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The mixed precision that the user's loop works in."""
+        return nullcontext() if self.precision is None else torch.autocast(*self.precision)
 
 
 def _before_calls(network: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:

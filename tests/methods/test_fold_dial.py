@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import weightfold as wf
 from weightfold.compressor import Compressor
 from weightfold.errors import ConfigError
 from weightfold.forecast import accuracy_price
@@ -17,6 +18,7 @@ from weightfold.latency import Latency, StepTime
 from weightfold.ledger import Ledger
 from weightfold.methods.fold import Fold
 from weightfold.plan import Candidate, for_time, within_loss
+from weightfold.price import trails
 
 STEPS = 60
 TABLE = {"0.5": 0.6, "0.1": 0.3}
@@ -58,12 +60,6 @@ def run(path: Path | None, *, noise: float = 0.0, steps: int = STEPS, max_increa
     return model, compressor, ledger
 
 
-@pytest.fixture(autouse=True)
-def _steps_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So short a run would not repay any event; let each step count as a second."""
-    monkeypatch.setattr("weightfold.watching.Watcher.seconds_per_step", property(lambda _: 1.0))
-
-
 def test_an_over_wide_network_folds_within_the_dial(tmp_path: Path) -> None:
     model, compressor, ledger = run(tmp_path / "a.db", max_accuracy_loss=3.0)
     kinds = [entry.kind for entry in ledger.entries()]
@@ -100,8 +96,9 @@ def test_a_time_goal_takes_the_widest_that_meets_it(tmp_path: Path) -> None:
 
 
 def test_an_event_that_would_not_repay_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightfold.watching.Watcher.seconds_per_step", property(lambda _: 1e-9))
-    model, _, ledger = run(tmp_path / "a.db", max_accuracy_loss=50.0)
+    quick = Latency((StepTime({}, 5000.0, 1e-9), StepTime({}, 10.0, 1e-10)))
+    monkeypatch.setattr("weightfold.methods.fold.measure", lambda *_: quick)
+    model, _, ledger = run(tmp_path / "a.db", max_accuracy_loss=50.0, latency=None)
     [refusal] = [entry.body for entry in ledger.entries() if entry.kind == "refusal"]
     assert "not repay" in refusal["why"]
     assert model[0].out_features == 64
@@ -200,3 +197,69 @@ def test_a_step_that_is_hardly_quicker_is_not_worth_an_event(tmp_path: Path) -> 
     [refusal] = [entry.body for entry in ledger.entries() if entry.kind == "refusal"]
     assert "less than 10% quicker" in refusal["why"]
     assert model[0].out_features == 64
+
+
+def test_a_kept_set_that_has_settled_is_acted_on_before_the_latest_step(tmp_path: Path) -> None:
+    _, _, ledger = run(tmp_path / "a.db", steps=200, max_accuracy_loss=50.0, earliest=0.1, latest=0.9)
+    [plan] = [entry.body for entry in ledger.entries() if entry.kind == "plan"]
+    assert plan["trigger"] == "the kept set has settled"
+    assert plan["step"] < 180
+
+
+def test_the_plan_is_what_is_done(tmp_path: Path) -> None:
+    model, _, ledger = run(tmp_path / "a.db", max_accuracy_loss=50.0)
+    [plan] = [entry.body for entry in ledger.entries() if entry.kind == "plan"]
+    assert {"0": model[0].out_features, "2": model[2].out_features} == plan["chosen"]["widths"]
+
+
+def test_what_cannot_be_priced_is_a_refusal_not_a_crash(tmp_path: Path) -> None:
+    class Sam(torch.optim.SGD):
+        def __init__(self, params: Any, rho: float) -> None:
+            super().__init__(params, lr=0.01)
+
+    model = net()
+    optimizer = Sam(model.parameters(), 0.1)
+    ledger = Ledger.create(tmp_path / "a.db", run={})
+    compressor = Compressor(
+        model, torch.zeros(2, 6), [Fold(max_accuracy_loss=50.0)], loss=F.cross_entropy, probe=data(6, seed=9),
+        ledger=ledger, total_steps=STEPS,
+    )  # fmt: skip
+    compressor.prepare(optimizer)
+    for x, y in data(STEPS):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        compressor.step()
+    [refusal] = [entry.body for entry in ledger.entries() if entry.kind == "refusal"]
+    assert "could not be timed" in refusal["why"]
+    assert "latency=" in refusal["why"]
+    assert model[0].out_features == 64
+
+
+def test_a_second_event_waits_for_the_first_to_prove_itself(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    ledger = Ledger.create(tmp_path / "a.db", run={})
+    methods = [Fold(max_accuracy_loss=50.0, latency=TABLE), Fold(keep=0.5, at=0.1)]
+    compressor = Compressor(
+        model, torch.zeros(2, 6), methods, loss=F.cross_entropy, probe=data(6, seed=9), ledger=ledger,
+        total_steps=STEPS, max_increase=10.0,
+    )  # fmt: skip
+    compressor.prepare(optimizer)
+    for x, y in data(STEPS):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        compressor.step()
+    kinds = [entry.kind for entry in ledger.entries()]
+    assert kinds.index("watch") > kinds.index("edit")
+    assert kinds[kinds.index("watch") + 1] in ("edit", "undo"), "settled before the second event, not after"
+
+
+def test_pricing_does_not_touch_optimisers_in_the_backward_pass() -> None:
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: p.data.add_(1.0))
+    graph = wf.trace(model, torch.zeros(2, 6))
+    trails(model, list(graph), data(2), F.cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,7 @@ import torch
 from pydantic import Field, model_validator
 
 from weightfold.config import Config, nearest
-from weightfold.errors import ConfigError, DataError
+from weightfold.errors import ConfigError, DataError, WeightfoldError
 from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
@@ -238,7 +239,7 @@ class Fold(Method):
         if self.config.dialled and moment.total_steps:
             return self._by_dial(moment)
         jobs = self._jobs(moment, dict(moment.statistics))
-        return self._proposals(jobs, self._widths(moment, jobs))
+        return self._proposals(jobs, self._widths(moment, jobs), self._grid(moment))
 
     def _due(self, moment: Moment) -> bool:
         if self._done or moment.step not in self.looks(moment.total_steps):
@@ -246,7 +247,7 @@ class Fold(Method):
         if moment.step == self.event(moment.total_steps):
             return True
         self._look(moment)
-        return self._settled >= 2
+        return self._settled >= 1
 
     def _look(self, moment: Moment) -> None:
         """Compare whom the network would keep now with the look before."""
@@ -285,7 +286,8 @@ class Fold(Method):
         taken = {job.observed.name for job in heads}
         jobs: list[AnyJob] = [*(j for j in self._jobs(moment, statistics) if j.group.name not in taken), *heads]
         groups = list({job.observed.name: job.observed for job in jobs}.values())
-        found_trails = trails(moment.model, groups, _enough(moment), moment.loss, moment.autocast)
+        with _planning("priced", "Give 'keep' and 'at'."):
+            found_trails = trails(moment.model, groups, _enough(moment), moment.loss, moment.autocast)
         if self.config.max_accuracy_loss is not None and found_trails.error_percent is None:
             raise ConfigError(
                 "The dial 'max_accuracy_loss' needs class numbers as targets and scores as outputs.",
@@ -306,7 +308,7 @@ class Fold(Method):
         if decision.chosen is None:
             raise Refused(decision.reason, body, aside)
         moment.record("plan", body, aside)
-        return self._proposals(jobs, decision.chosen.widths)
+        return self._proposals(jobs, decision.chosen.widths, self._grid(moment))
 
     def _decide(
         self, moment: Moment, jobs: Sequence[AnyJob], macs: MacModel, priced: Callable[[Mapping[str, int]], Candidate]
@@ -321,8 +323,14 @@ class Fold(Method):
         mixed = any(isinstance(job, HeadJob) for job in jobs)
         wanted = self.config.allocation
         if decision.chosen is not None and (wanted == "knapsack" or (wanted == "auto" and mixed)):
-            widths = knapsack(jobs, macs, decision.chosen, self._grid(moment))
-            decision = Decision(priced(widths), decision.reason, decision.reached)
+            better, most = (
+                priced(knapsack(jobs, macs, decision.chosen, self._grid(moment))),
+                self.config.max_accuracy_loss,
+            )
+            if better.macs < decision.chosen.macs and (
+                most is None or (better.price is not None and better.price <= most)
+            ):
+                decision = Decision(better, decision.reason, decision.reached)
         return decision
 
     def _emptied(
@@ -354,10 +362,8 @@ class Fold(Method):
         if 1 - ratio < LEAST_SAVING:
             reason = f"at {chosen.share:.2g} of the channels a step would be less than {LEAST_SAVING:.0%} quicker"
             return Decision(None, reason, reached=False, ratio=round(ratio, 2))
-        each = moment.seconds_per_step or table.rows[0].seconds
-        saved = each * (1 - ratio) * (moment.total_steps - moment.step)
-        cost = 2 * spent
-        if saved < REPAY * cost:
+        saved = table.rows[0].seconds * (1 - ratio) * (moment.total_steps - moment.step)
+        if self.config.latency is None and saved < REPAY * 2 * spent:
             reason = "the steps that are left would not repay the event: it would save less than three times its cost"
             return Decision(None, reason, reached=False, ratio=round(ratio, 2))
         return Decision(chosen, decision.reason, decision.reached, round(ratio, 2))
@@ -371,9 +377,10 @@ class Fold(Method):
         have = {round(row.macs) for row in known}
         wanted: list[tuple[dict[str, int], float]] = [({}, float(macs.total))] if not known else []
         wanted += [(dict(widths), macs.at(widths)) for widths in plans if round(macs.at(widths)) not in have]
-        rows = measure(
-            moment.model, moment.graph, wanted, moment.probe[0], moment.loss, moment.optimizers, moment.autocast
-        ).rows
+        with _planning("timed", "Give the times as latency=, or 'keep' and 'at'."):
+            rows = measure(
+                moment.model, moment.graph, wanted, moment.probe[0], moment.loss, moment.optimizers, moment.autocast
+            ).rows
         self._latency = Latency((*known, *rows))
         return self._latency
 
@@ -385,7 +392,7 @@ class Fold(Method):
         body = {
             "method": self.name,
             "step": moment.step,
-            "trigger": "the kept set has settled" if self._settled >= 2 else "the latest step",
+            "trigger": "the kept set has settled" if self._settled >= 1 else "the latest step",
             "error_percent": by.error_percent,
             "priced_samples": by.n_samples,
             "candidates": [c.to_record() for c in found],
@@ -406,19 +413,19 @@ class Fold(Method):
 
     # which ----------------------------------------------------------------------------------------------------------
 
-    def _proposals(self, jobs: Sequence[AnyJob], widths: Mapping[str, int]) -> list[Proposal]:
-        found = [self._proposal(job, widths[job.group.name]) for job in jobs]
+    def _proposals(self, jobs: Sequence[AnyJob], widths: Mapping[str, int], grid: Grid) -> list[Proposal]:
+        found = [self._proposal(job, widths[job.group.name], grid) for job in jobs]
         return [proposal for proposal in found if proposal is not None]
 
-    def _proposal(self, job: AnyJob, width: int) -> Proposal | None:
+    def _proposal(self, job: AnyJob, width: int, grid: Grid) -> Proposal | None:
         """The fold to a width, or None where that would change nothing."""
         n = job.group.n_channels
         if width >= n:
             return None
         keep = job.kept(width)
         predicted = job.lost_energy(keep)
-        halfway = Grid(self.config.align or 0).nearest(job.group, (n + width + 1) // 2)
-        less = partial(self._proposal, job, halfway if halfway > width else n)
+        halfway = grid.nearest(job.group, (n + width + 1) // 2)
+        less = partial(self._proposal, job, halfway if halfway > width else n, grid)
         first = (job.repair(keep),) if isinstance(job, HeadJob) else ()
         edit = job.edit(keep)
         return Proposal(edit, job.why(keep, predicted), predicted, less, first)
@@ -505,6 +512,18 @@ class Fold(Method):
             {(k.rpartition("|")[0], int(k.rpartition("|")[2])): SecondMoment.from_state(v) for k, v in found.items()}
             for found in state["seen"]
         ]
+
+
+@contextmanager
+def _planning(what: str, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong while planning is a reason to leave the network as it is, not to end the user's training."""
+    try:
+        yield
+    except WeightfoldError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise DataError(f"The network could not be {what}: {type(error).__name__}: {first}", remedy=remedy) from error
 
 
 def _enough(moment: Moment) -> list[Any]:
