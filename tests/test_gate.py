@@ -8,7 +8,10 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import weightfold as wf
 from weightfold.gate import compare, losses, probing
+from weightfold.latency import measure
+from weightfold.price import trails
 
 
 class Net(nn.Module):
@@ -93,3 +96,22 @@ def test_probing_is_left_in_order_after_an_error() -> None:
     assert modes == {m: m.training for m in model.modules()}
     assert model.norm.num_batches_tracked is tracked
     assert (model.norm.momentum, model.plain.momentum) == (0.1, None)
+
+
+def test_a_probe_may_hold_several_inputs_by_place_or_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.head(F.relu(self.a(x)) * scale)
+
+    torch.manual_seed(0)
+    model, x, scale, y = Two(), torch.randn(6, 3), torch.rand(6, 8), torch.arange(6) % 2
+    expected = float(F.cross_entropy(model(x, scale), y).detach())
+    for inputs in ((x, scale), {"x": x, "scale": scale}):
+        assert losses(model, [(inputs, y)], F.cross_entropy) == [pytest.approx(expected)]
+        graph = wf.trace(model, inputs)
+        assert trails(model, list(graph), [(inputs, y)], F.cross_entropy).n_samples == 6
+        assert measure(model, graph, [({}, 1.0)], (inputs, y), F.cross_entropy).rows[0].seconds > 0

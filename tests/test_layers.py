@@ -45,7 +45,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "plan": ("folding", "forecast", "heads", "latency", "price", "size", "widths"),
         "ranks": (),
         "sharded": (),
-        "watching": ("graph", "ranks"),
+        "watching": ("gate", "graph", "ranks"),
         "data": ("models",),
     },
     {

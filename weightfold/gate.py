@@ -76,6 +76,18 @@ def probing(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on inputs as `trace` takes them: a tuple is positional arguments, a mapping keyword arguments.
+
+    Example:
+        >>> call(nn.Bilinear(2, 3, 4), (torch.zeros(5, 2), torch.zeros(5, 3))).shape
+        torch.Size([5, 4])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
 def losses(
     model: nn.Module,
     probe: Sequence[Batch],
@@ -84,7 +96,7 @@ def losses(
 ) -> list[float]:
     """The loss on every probe batch."""
     with probing(model), autocast():
-        return [float(loss(model(inputs), targets)) for inputs, targets in probe]
+        return [float(loss(call(model, inputs), targets)) for inputs, targets in probe]
 
 
 def check_enough(probe: Sequence[Batch], batch_size: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightfold.gate import Batch, Loss
+from weightfold.gate import Batch, Loss, call
 from weightfold.graph.apply import apply
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
@@ -141,7 +141,7 @@ def _time(
         _wait(device)
         start = time.perf_counter()
         with autocast():
-            value = loss(twin(batch[0]), batch[1])
+            value = loss(call(twin, batch[0]), batch[1])
         value.backward()
         for optimizer in own:
             optimizer.step()

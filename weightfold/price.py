@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weightfold.gate import Batch, Loss, probing
+from weightfold.gate import Batch, Loss, call, probing
 from weightfold.graph.group import Axis, ChannelGroup
 from weightfold.graph.observe import Key, rows_of
 
@@ -157,7 +157,7 @@ def _record(
     size = _size(targets, inputs)
     with probing(model), torch.enable_grad(), _recording(model, opened):
         with autocast():
-            outputs = model(inputs)
+            outputs = call(model, inputs)
             value = loss(outputs, targets)
         _differentiate(value, opened.values())
     found = {key: trail for key, o in opened.items() if (trail := _trail(o, size, first)) is not None}

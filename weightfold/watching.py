@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from weightfold.errors import DataError, EditError
+from weightfold.gate import call
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.observe import Key, Observer, SecondMoment
 from weightfold.ranks import compiled, unwrapped
@@ -217,7 +218,7 @@ class Watcher:
         self.model.eval()
         with Observer(self.model, graph, max_samples_per_batch=None) as observer, torch.no_grad():
             for batch in batches:
-                self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
+                call(self.model, batch)
         for module, training in modes.items():
             module.training = training
         self.seconds += time.perf_counter() - start
