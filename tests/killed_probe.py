@@ -23,7 +23,6 @@ from weightfold.fingerprint import fingerprint
 from weightfold.ledger import Ledger
 from weightfold.methods.fold import Fold
 from weightfold.training.rewind import rewind
-from weightfold.watching import Watcher
 
 STEPS, EVERY = 60, 4
 """Steps of a run, and between two checkpoints."""
@@ -132,7 +131,6 @@ def apart(work: Any) -> int:
 
 
 def main(folder: Path, kills: list[int]) -> None:
-    Watcher.seconds_per_step = property(lambda _: 1.0)  # type: ignore
     whole = apart(lambda: begin(folder / "whole", None))
     killed = [apart(lambda step=step: begin(folder / str(step), step)) for step in kills]
     assert {os.WTERMSIG(os.waitpid(child, 0)[1]) for child in killed} == {signal.SIGKILL}

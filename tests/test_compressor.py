@@ -452,3 +452,13 @@ def test_recorded_edits_rebuild_the_structure_and_numbers_are_those_of_the_first
     assert not gone[0] & gone[1]
     left = sorted(set(range(8)) - gone[0] - gone[1])
     assert torch.equal(model.one.weight, net().one.weight[left])
+
+
+def test_unfolding_by_hand_is_on_record(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path / "run.ledger", run={}) as ledger:
+        compressor = run(net(), Cut(keep=4), ledger=ledger)
+        compressor.unfold()
+        last = list(ledger.entries())[-1]
+    assert compressor.graph["one"].n_channels == 8
+    assert (last.kind, last.body["groups"]) == ("undo", ["one"])
+    assert last.body["how"].startswith("unfolded")

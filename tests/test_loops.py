@@ -134,21 +134,6 @@ def test_a_killed_run_ends_where_a_whole_one_does(killed_runs: Any, point: int) 
     assert killed_runs[str(point)] == killed_runs["whole"]
 
 
-def test_a_restart_remembers_how_long_a_step_took() -> None:
-    model = net()
-    c = compressor(model)
-    c.prepare(optimizer := adam(model))
-    train(c, optimizer, n=5)
-    seconds = c._watcher.seconds_per_step
-    assert seconds is not None
-    c._watcher.pause()
-    assert c._watcher.seconds_per_step == seconds
-    again = compressor(net())
-    again.prepare()
-    again.load_state_dict(c.state_dict())
-    assert again._watcher.seconds_per_step == seconds
-
-
 # mixed precision ------------------------------------------------------------------------------------------------------
 
 
@@ -471,11 +456,8 @@ def test_a_loss_that_is_not_finite_at_the_gate(tmp_path: Path) -> None:
     assert fingerprint(model) == before
 
 
-def test_a_loss_that_is_not_finite_when_an_event_is_looked_at_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_when_an_event_is_looked_at_again(tmp_path: Path) -> None:
     """A run that has diverged is no reason to unfold, nor to stop."""
-    monkeypatch.setattr("weightfold.watching.Watcher.seconds_per_step", property(lambda _: 1.0))
     broken = False
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -214,13 +214,11 @@ class Compressor:
         """Call once after every optimiser step. Most of the time nothing happens."""
         self._step += 1
         self._updates.step = self._step
-        self._watcher.tick()
         events: list[Event] = []
         if self._may_act():
             self._watcher.rest()
             events = self._decided(lambda: [*self._look_back(), *self._run_methods()])
             self.events += events
-            self._watcher.pause()
         self._observe()
         return events
 
@@ -335,7 +333,6 @@ class Compressor:
             self.loss,
             self._hands.optimizers,
             frozenset(self.frozen),
-            self._watcher.seconds_per_step,
             self._watcher.autocast,
             self._record,
         )
@@ -353,7 +350,10 @@ class Compressor:
                     proposals = method.step(self._moment())
                 if proposals:
                     self._check_still_ours()
-                    self._settle_watch()
+                    back = self._look_back(last=True)
+                    events += back
+                    if back:
+                        raise EditError("The event before was taken back: what was proposed on top of it is void.")
             except WeightfoldError as error:
                 weighed = (error.body, error.aside) if isinstance(error, Refused) else ({}, {})
                 body = {"method": method.name, "step": self._step, "why": str(error)}
@@ -381,13 +381,6 @@ class Compressor:
         optim.assert_live(self.model, self._hands.optimizers)
         self._updates.check()
         check_enough(self.probe, self._watcher.batch_size)
-
-    def _settle_watch(self) -> None:
-        """Let the event before prove itself before another begins."""
-        back = self._look_back(last=True)
-        self.events += back
-        if back:
-            raise EditError("The event before had to be taken back: what was proposed on top of it is void.")
 
     def _losses(self) -> list[float]:
         assert self.loss is not None
@@ -505,9 +498,11 @@ class Compressor:
 
     # looking back ---------------------------------------------------------------------------------------------------
 
-    def unfold(self, n_edits: int = 1) -> None:
+    def unfold(self, n_edits: int = 1, *, at: int | None = None) -> None:
         """Take the latest accepted edits back, keeping what was trained since.
 
+        Args:
+            at: step that is recorded; by default the present one.
         Raises:
             EditError: what they replaced is not in memory any more.
         """
@@ -518,9 +513,11 @@ class Compressor:
                 remedy="Undo them on the saved model, from the ledger.",
             )
         with self._timed("surgery"):
-            self._hands.unfold(n_edits)
+            undone = self._hands.unfold(n_edits)
         self._watch = None
         self._wrap_anew()
+        body = {"step": self._step if at is None else at, "groups": [edit.group for edit in undone]}
+        self._record("undo", {**body, "how": "unfolded by hand, with what was trained since"})
 
     def _look_back(self, *, last: bool = False) -> list[Event]:
         """When an event's time is up: unfold it and close its groups if the loss is still above where it was."""
@@ -567,7 +564,6 @@ class Compressor:
             "events": [vars(event) for event in self.events],
             "frozen": sorted(self.frozen),
             "watch": None if watch is None else [watch.due, list(watch.before)],
-            "seconds_per_step": self._watcher.seconds_per_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -583,7 +579,6 @@ class Compressor:
         self._updates.follow(self._hands.optimizers, self._step)
         self.generator.set_state(state["generator"])
         self._watcher.load_state(self.graph, state["statistics"])
-        self._watcher.resume(state.get("seconds_per_step"))
         for method, value in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(value)
         self.events = [Event.from_state(event) for event in state["events"]]

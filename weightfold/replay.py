@@ -240,12 +240,8 @@ class Replay(Method):
             EditError: the edit is no longer held in memory.
         """
         undone = self._undone_at(step, unfolded=True)
-        if not undone:
-            return
-        compressor.unfold(len(undone))
-        if compressor.ledger is not None:
-            groups = [change.group for change in reversed(undone)]
-            compressor.ledger.append("undo", {"step": step, "groups": groups, "how": "unfolded, as recorded"})
+        if undone:
+            compressor.unfold(len(undone), at=step)
 
     def after_step(self, compressor: Compressor, step: int) -> None:
         """Take back what the user took back after this step; call it after the compressor's step."""

@@ -1,13 +1,10 @@
-"""What is seen of a training run while it goes on: second moments at readers, batch size, precision, time a step."""
+"""What is seen of a training run while it goes on: second moments at readers, batch size, precision."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -110,28 +107,6 @@ class Watcher:
         self._observer: Observer | None = None
         self._statistics: Statistics | None = {}
         self._stop: Callable[[], None] | None = None
-        self._ticks: deque[float] = deque(maxlen=21)
-        self._pace: float | None = None
-
-    def tick(self) -> None:
-        """Note that a training step has ended."""
-        self._ticks.append(time.perf_counter())
-
-    def pause(self) -> None:
-        """Leave what comes now out of the time a step."""
-        self._pace = self.seconds_per_step
-        self._ticks.clear()
-
-    def resume(self, seconds_per_step: float | None) -> None:
-        """Take a step's time from an interrupted run, until there is one of this run."""
-        self._pace = seconds_per_step
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Median of the latest steps, all of the user's loop included; what it was before, right after a pause."""
-        gaps = [later - earlier for earlier, later in pairwise(self._ticks)]
-        self._pace = median(gaps) if gaps else self._pace
-        return self._pace
 
     def watch(self, graph: ChannelGraph) -> None:
         """Put hooks on for the next forward passes."""

@@ -28,7 +28,6 @@ from weightfold.ledger import Ledger
 from weightfold.methods.fold import Fold
 from weightfold.ranks import Ranks
 from weightfold.sharded import change_sharded
-from weightfold.watching import Watcher
 
 WORLD, STEPS, EXAMPLE = 2, 40, torch.zeros(2, 6)
 TABLE = {"0.5": 0.6, "0.1": 0.3}
@@ -146,7 +145,7 @@ def widths_given(rank: int, folder: Path) -> dict[str, Any]:
 def dialled(rank: int, folder: Path) -> dict[str, Any]:
     """Any kept set counts as settled: the first rank decides at its third look of eleven."""
     fold = Fold(max_accuracy_loss=5.0, latency=TABLE, stats_batches=4, earliest=0.1, latest=0.6)
-    with slow(), patch("weightfold.methods.fold.STABLE", 0.0):
+    with patch("weightfold.methods.fold.STABLE", 0.0):
         return data_parallel(fold, rank, folder) | {"looks": fold.looks(STEPS), "done": fold._done}
 
 
@@ -159,8 +158,7 @@ def refused(rank: int, folder: Path) -> dict[str, Any]:
 def unfolded(rank: int, folder: Path) -> dict[str, Any]:
     """A gate that everything passes, and a loss that never comes back."""
     fold = Fold(max_accuracy_loss=50.0, latency=TABLE, stats_batches=4, earliest=0.1, latest=0.2)
-    with slow():
-        return data_parallel(fold, rank, folder, max_increase=1e9, loss=Rising())
+    return data_parallel(fold, rank, folder, max_increase=1e9, loss=Rising())
 
 
 class Rising:
@@ -308,24 +306,23 @@ def resumed(rank: int, folder: Path) -> dict[str, Any]:
         c.prepare(optimizer := adam(c.model), [average])
         return c, optimizer, average
 
-    with slow():
-        c, optimizer, average = begin()
-        data = batches(STEPS, rank)
-        train(c, optimizer, data[:10])
-        average.update_parameters(c.network)
-        parts = [part.state_dict() for part in (c, c.model, optimizer, average)]
-        box = [copy.deepcopy(parts)]
-        dist.broadcast_object_list(box, src=0)
-        watched = c._watch is not None
-        train(c, optimizer, data[10:])
-        average.update_parameters(c.network)
-        whole = fingerprint(c.model), fingerprint(average)
+    c, optimizer, average = begin()
+    data = batches(STEPS, rank)
+    train(c, optimizer, data[:10])
+    average.update_parameters(c.network)
+    parts = [part.state_dict() for part in (c, c.model, optimizer, average)]
+    box = [copy.deepcopy(parts)]
+    dist.broadcast_object_list(box, src=0)
+    watched = c._watch is not None
+    train(c, optimizer, data[10:])
+    average.update_parameters(c.network)
+    whole = fingerprint(c.model), fingerprint(average)
 
-        c, optimizer, average = begin()
-        for part, state in zip((c, c.model, optimizer, average), box[0], strict=True):
-            part.load_state_dict(state)
-        train(c, optimizer, data[10:])
-        average.update_parameters(c.network)
+    c, optimizer, average = begin()
+    for part, state in zip((c, c.model, optimizer, average), box[0], strict=True):
+        part.load_state_dict(state)
+    train(c, optimizer, data[10:])
+    average.update_parameters(c.network)
     again = fingerprint(c.model), fingerprint(average)
     return report(c, optimizer, whole=whole, again=again, watched=watched)
 
@@ -339,11 +336,6 @@ def compiled(rank: int, folder: Path) -> dict[str, Any]:
     inside = getattr(c.network, "_orig_mod", None)
     fresh = isinstance(inside, DistributedDataParallel) and c.network is not first
     return report(c, optimizer, losses=losses, fresh=fresh)
-
-
-def slow() -> Any:
-    """Let every step count as a second, so that any event repays itself."""
-    return patch.object(Watcher, "seconds_per_step", property(lambda _: 1.0))
 
 
 def main(rank: int, folder: Path, names: list[str]) -> None:

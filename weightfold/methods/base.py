@@ -37,7 +37,6 @@ class Moment:
         loss: what the probe is measured by.
         optimizers: those whose state follows every edit; to be looked at, never stepped.
         frozen: groups that an undone event has closed.
-        seconds_per_step: median of the latest training steps; None before there were any.
         autocast: the mixed precision that training uses.
         record: write a fact into the ledger: kind, body (hashed: what would be the same in a second run), aside.
     """
@@ -53,7 +52,6 @@ class Moment:
     loss: Loss | None = None
     optimizers: Sequence[torch.optim.Optimizer] = ()
     frozen: Collection[str] = ()
-    seconds_per_step: float | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     record: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda *_: None
 

@@ -407,7 +407,6 @@ class Fold(Method):
             "step_times": times,
             "ratio": decision.ratio,
             "seconds": seconds,
-            "seconds_per_step": moment.seconds_per_step,
         }
         return body, aside
 
