@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from weightfold.cli import show
 from weightfold.cli.door import Json, guarded
+from weightfold.cli.inputs import Data, Model, Shapes, Weights, open_with_example
 
 
 @guarded
 def sharing(
-    model: Annotated[
-        str, typer.Argument(help="Built-in name, package.module:function, Hugging Face folder, or folder of a run.")
-    ],
-    example: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SHAPE", help="An input: 1x3x32x32, 1x128:int64, NAME=1x128:bool; once for each input."),
-    ] = None,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="Take the example from a data set.")] = None,
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights of the model.")] = None,
+    model: Model,
+    example: Shapes = None,
+    data: Data = None,
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """List what a model shares: kernels over space, time steps, tokens, tied tensors, modules called again, heads."""
-    from weightfold.errors import ConfigError
-    from weightfold.export.example import zeros
-    from weightfold.export.opened import open_model
     from weightfold.sharing.report import sharing as report
 
-    task = None
-    if data is not None:
-        from weightfold.data import load
-
-        task = load(data).task
-    source = open_model(model, weights=weights, example=example or [], task=task)
-    if not source.inputs:
-        raise ConfigError(f"Tracing '{model}' needs an example input.", remedy="Pass --example 1x3x32x32, or --data.")
-    facts = {"model": model, **collect(report(source.model, zeros(source.inputs)))}
+    network, inputs = open_with_example(model, example, data, weights)
+    facts = {"model": model, **collect(report(network, inputs))}
     if as_json:
         show.print_json(facts)
     else:

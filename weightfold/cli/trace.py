@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from weightfold.cli import show
 from weightfold.cli.door import Json, guarded
+from weightfold.cli.inputs import Data, Model, Shapes, Weights, open_with_example
 
 EDITS = ("permute", "rescale", "sign", "remove", "merge")
 N_FROZEN = 20
@@ -17,36 +17,21 @@ N_FROZEN = 20
 
 @guarded
 def trace(
-    model: Annotated[
-        str, typer.Argument(help="Built-in name, package.module:function, Hugging Face folder, or folder of a run.")
-    ],
-    example: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SHAPE", help="An input: 1x3x32x32, 1x128:int64, NAME=1x128:bool; once for each input."),
-    ] = None,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="Take the example from a data set.")] = None,
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights of the model.")] = None,
+    model: Model,
+    example: Shapes = None,
+    data: Data = None,
+    weights: Weights = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every frozen axis.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the channel groups of a model: what changes together, which edits are exact, what is frozen and why."""
     import time
 
-    from weightfold.errors import ConfigError
-    from weightfold.export.example import zeros
-    from weightfold.export.opened import open_model
     from weightfold.graph import trace as trace_model
 
-    task = None
-    if data is not None:
-        from weightfold.data import load
-
-        task = load(data).task
-    source = open_model(model, weights=weights, example=example or [], task=task)
-    if not source.inputs:
-        raise ConfigError(f"Tracing '{model}' needs an example input.", remedy="Pass --example 1x3x32x32, or --data.")
+    network, inputs = open_with_example(model, example, data, weights)
     start = time.perf_counter()
-    graph = trace_model(source.model, zeros(source.inputs))
+    graph = trace_model(network, inputs)
     facts = collect(graph)
     facts |= {"model": model, "seconds": time.perf_counter() - start}
     if as_json:

@@ -16,7 +16,6 @@ gradients are not averaged over clusters, clusters come from Ward's method witho
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -27,14 +26,14 @@ from pydantic import Field, model_validator
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from weightfold.config import Config, nearest
+from weightfold.config import Config
 from weightfold.errors import ConfigError
 from weightfold.graph.apply import find_tensor
 from weightfold.graph.edit import merge
 from weightfold.graph.group import ChannelGroup
 from weightfold.graph.layout import to_front
 from weightfold.graph.observe import gather
-from weightfold.methods.base import Method, Moment, Proposal
+from weightfold.methods.base import Method, Moment, Proposal, named_groups
 from weightfold.widths import Grid, uniform
 
 LESSER = 0.1
@@ -138,14 +137,7 @@ class Attract(Method):
         return torch.stack(total).sum()
 
     def _groups(self, moment: Moment) -> list[ChannelGroup]:
-        names = [g.name for g in moment.graph]
-        for name in self.config.widths or {}:
-            if name not in names:
-                raise ConfigError(f"The 'widths' of AttractConfig name no group '{name}'.", remedy=nearest(name, names))
-        pattern = self.config.groups
-        found = [g for g in moment.graph if pattern is None or fnmatch.fnmatchcase(g.name, pattern)]
-        if not found and pattern is not None:
-            raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(pattern, names))
+        found = named_groups(moment.graph, self.config.groups, self.config.widths or ())
         usable = [g for g in found if g.kind == "channels" and "merge" in g.admits and g.role("write")]
         if not usable:
             raise ConfigError("No group of this network can be merged: none admits 'merge' for single channels.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from weightfold.config import Config
-from weightfold.errors import WeightfoldError
+from weightfold.config import Config, nearest
+from weightfold.errors import ConfigError, WeightfoldError
 from weightfold.gate import Batch, Loss
 from weightfold.graph.edit import Edit
-from weightfold.graph.group import ChannelGraph
+from weightfold.graph.group import ChannelGraph, ChannelGroup
 
 if TYPE_CHECKING:
     from weightfold.graph.observe import SecondMoment
@@ -77,6 +78,24 @@ class Proposal:
     def edits(self) -> tuple[Edit, ...]:
         """All that is applied, in order."""
         return (*self.first, self.edit)
+
+
+def named_groups(graph: ChannelGraph, pattern: str | None, widths: Collection[str] = ()) -> list[ChannelGroup]:
+    """The groups whose names a pattern matches; all without one.
+
+    Args:
+        widths: names that settings mention besides, which must exist.
+    Raises:
+        ConfigError: the pattern matches none, or a name is unknown; gives the nearest.
+    """
+    names = [group.name for group in graph]
+    for name in widths:
+        if name not in names:
+            raise ConfigError(f"The 'widths' name no group '{name}'.", remedy=nearest(name, names))
+    found = [group for group in graph if pattern is None or fnmatch.fnmatchcase(group.name, pattern)]
+    if not found and pattern is not None:
+        raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(pattern, names))
+    return found
 
 
 class Refused(WeightfoldError):

@@ -17,7 +17,6 @@ trigger follows Shen et al., CVPR 2022, arXiv 2110.12007 (prune when the kept st
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,14 +26,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from weightfold.config import Config, nearest
+from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError, WeightfoldError
 from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.heads import HeadJob, partner_of
 from weightfold.latency import Latency, measure
-from weightfold.methods.base import Key, Method, Moment, Proposal, Refused
+from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, named_groups
 from weightfold.plan import (
     LEAST_SAVING,
     REPAY,
@@ -132,9 +131,7 @@ def eligible(graph: ChannelGraph, pattern: str | None) -> tuple[list[ChannelGrou
     Raises:
         ConfigError: the pattern matches no group; names the nearest.
     """
-    named = [g for g in graph if pattern is None or fnmatch.fnmatchcase(g.name, pattern)]
-    if not named and pattern is not None:
-        raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(pattern, [g.name for g in graph]))
+    named = named_groups(graph, pattern)
     refused = {g.name: reason for g in named if (reason := _refusal(g)) is not None}
     return [g for g in named if g.name not in refused], refused
 

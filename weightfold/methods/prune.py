@@ -13,7 +13,6 @@ in: scores of single weights are added up over the channel.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -28,7 +27,7 @@ from weightfold.graph.apply import find_tensor
 from weightfold.graph.edit import remove
 from weightfold.graph.group import ChannelGroup
 from weightfold.graph.observe import axis_rows, gather
-from weightfold.methods.base import Method, Moment, Proposal
+from weightfold.methods.base import Method, Moment, Proposal, named_groups
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform, uniform_for_macs
 
@@ -181,14 +180,7 @@ class Prune(Method):
         return [proposal for proposal in found if proposal is not None]
 
     def _groups(self, moment: Moment) -> list[ChannelGroup]:
-        names = [g.name for g in moment.graph]
-        for name in self.config.widths or {}:
-            if name not in names:
-                raise ConfigError(f"The 'widths' of PruneConfig name no group '{name}'.", remedy=nearest(name, names))
-        pattern = self.config.groups
-        found = [g for g in moment.graph if pattern is None or fnmatch.fnmatchcase(g.name, pattern)]
-        if not found and pattern is not None:
-            raise ConfigError(f"No group matches '{pattern}'.", remedy=nearest(pattern, names))
+        found = named_groups(moment.graph, self.config.groups, self.config.widths or ())
         usable = [g for g in found if g.kind == "channels" and "remove" in g.admits and g.role("write")]
         if self.config.criterion == "wanda":
             usable = [g for g in usable if g.role("read") and all(a.tap is not None for a in g.role("read"))]
