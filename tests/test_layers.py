@@ -43,6 +43,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "folding": ("graph", "price", "redundancy"),
         "heads": ("graph", "price", "redundancy"),
         "plan": ("folding", "forecast", "heads", "latency", "price", "size", "widths"),
+        "planner": ("gate", "graph", "heads", "latency", "plan", "price", "size", "widths"),
         "ranks": (),
         "sharded": (),
         "watching": ("gate", "graph", "ranks"),

@@ -64,11 +64,11 @@ class Candidate:
         }
 
 
-def ladder(jobs: Sequence[AnyJob], grid: Grid, shares: Sequence[float] = SHARES) -> list[dict[str, int]]:
+def ladder(jobs: Sequence[AnyJob], grid: Grid) -> list[dict[str, int]]:
     """Widths from mild to strong: the same share of every group, on the grid; without those that change nothing."""
     found: list[dict[str, int]] = []
     whole = {job.group.name: job.group.n_channels for job in jobs}
-    for share in shares:
+    for share in SHARES:
         widths = {job.group.name: grid.nearest(job.group, share * job.group.n_channels) for job in jobs}
         if widths not in (whole, *found[-1:]):
             found.append(widths)
@@ -76,7 +76,7 @@ def ladder(jobs: Sequence[AnyJob], grid: Grid, shares: Sequence[float] = SHARES)
 
 
 def candidate(
-    jobs: Sequence[AnyJob], trails: Trails | None, macs: MacModel, widths: Mapping[str, int], progress: float
+    jobs: Sequence[AnyJob], trails: Trails, macs: MacModel, widths: Mapping[str, int], progress: float
 ) -> Candidate:
     """Price one set of widths.
 
@@ -87,10 +87,10 @@ def candidate(
     energies = [job.lost_energy(job.kept(widths[job.group.name])) for job in cut]
     lost = float(np.sum(energies)) / len(jobs)
     kept = sum(widths[job.group.name] for job in jobs) / sum(job.group.n_channels for job in jobs)
-    parts = [] if trails is None else [job.residual(trails, widths[job.group.name]) for job in cut]
+    parts = [job.residual(trails, widths[job.group.name]) for job in cut]
     whole = [part for part in parts if part is not None]
     predicted = predict(sum(whole[1:], whole[0])) if whole and len(whole) == len(cut) else None
-    error = None if trails is None or trails.error_percent is None else _floored(trails)
+    error = None if trails.error_percent is None else _floored(trails)
     price = None if error is None else accuracy_price(error, lost, progress)
     return Candidate(kept, dict(widths), macs.at(widths) / macs.total, predicted, lost, price)
 
@@ -191,10 +191,7 @@ def within_loss(steps: Sequence[T], priced: Callable[[T], Candidate], most: floa
         low, high = (middle, high) if _good(found[-1], most) else (low, middle)
     good = [c for c in found if _good(c, most)]
     if good:
-        best = min(good, key=lambda c: c.macs)
-        return Decision(
-            best, f"the narrowest widths whose forecast price of {best.price:.2g} points is within {most:g}"
-        )
+        return by_loss(min(good, key=lambda c: c.macs), most)
     if not found:
         return Decision(None, "no group can be made narrower on the grid of widths", reached=False)
     mild = found[0]
@@ -203,6 +200,13 @@ def within_loss(steps: Sequence[T], priced: Callable[[T], Candidate], most: floa
         f"more than {most:g}"
     )
     return Decision(None, reason, reached=False)
+
+
+def by_loss(chosen: Candidate, most: float) -> Decision:
+    """The decision for a candidate within ``most`` points, in words."""
+    return Decision(
+        chosen, f"the narrowest widths whose forecast price of {chosen.price:.2g} points is within {most:g}"
+    )
 
 
 def _good(candidate: Candidate, most: float) -> bool:
@@ -226,12 +230,21 @@ def for_time(
     """
     if not steps:
         return Decision(None, "no group can be made narrower on the grid of widths", reached=False)
-    most = (1 - goal - done) / (1 - done)
     ratios = [round(latency.ratio(n), 2) for n in macs]
-    for step, ratio in zip(steps, ratios, strict=True):
-        if ratio <= most:
-            reason = f"the widest widths whose step takes {ratio:g} of the time, {most:.2f} being enough"
-            return Decision(priced(step), reason, True, ratio)
-    saved = (1 - done) * (1 - ratios[-1])
+    at = next((i for i, ratio in enumerate(ratios) if ratio <= _most(done, goal)), len(steps) - 1)
+    return by_time(priced(steps[at]), ratios[at], done, goal)
+
+
+def by_time(chosen: Candidate, ratio: float, done: float, goal: float) -> Decision:
+    """The decision for a candidate whose step takes ``ratio`` of the time, in words: enough, or as near as it gets."""
+    most = _most(done, goal)
+    if ratio <= most:
+        return Decision(chosen, f"a step takes {ratio:g} of the time, {most:.2f} being enough", True, ratio)
+    saved = (1 - done) * (1 - ratio)
     reason = f"even the narrowest widths save {saved:.0%} of the time, less than {goal:.0%}"
-    return Decision(priced(steps[-1]), reason, reached=False, ratio=ratios[-1])
+    return Decision(chosen, reason, reached=False, ratio=ratio)
+
+
+def _most(done: float, goal: float) -> float:
+    """The share of a step's time with which the rest of the run just meets the goal."""
+    return (1 - goal - done) / (1 - done)

@@ -97,7 +97,7 @@ def test_a_time_goal_takes_the_widest_that_meets_it(tmp_path: Path) -> None:
 
 def test_an_event_that_would_not_repay_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = Latency((StepTime({}, 5000.0, 1e-9), StepTime({}, 10.0, 1e-10)))
-    monkeypatch.setattr("weightfold.methods.fold.measure", lambda *_: quick)
+    monkeypatch.setattr("weightfold.planner.measure", lambda *_: quick)
     model, _, ledger = run(tmp_path / "a.db", max_accuracy_loss=50.0, latency=None)
     [refusal] = [entry.body for entry in ledger.entries() if entry.kind == "refusal"]
     assert "not repay" in refusal["why"]
@@ -263,3 +263,10 @@ def test_pricing_does_not_touch_optimisers_in_the_backward_pass() -> None:
     graph = wf.trace(model, torch.zeros(2, 6))
     trails(model, list(graph), data(2), F.cross_entropy)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_reason_names_the_price_of_what_was_chosen(tmp_path: Path) -> None:
+    _, _, ledger = run(tmp_path / "a.db", max_accuracy_loss=50.0, allocation="knapsack")
+    [plan] = [entry.body for entry in ledger.entries() if entry.kind == "plan"]
+    assert plan["chosen"] != plan["candidates"][0], "the bed must choose something narrower than the mildest"
+    assert f"forecast price of {plan['chosen']['forecast_points']:.2g} points" in plan["why"]

@@ -18,8 +18,7 @@ trigger follows Shen et al., CVPR 2022, arXiv 2110.12007 (prune when the kept st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -27,28 +26,14 @@ import torch
 from pydantic import Field, model_validator
 
 from weightfold.config import Config
-from weightfold.errors import ConfigError, DataError, WeightfoldError
+from weightfold.errors import ConfigError, DataError
 from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.heads import HeadJob, partner_of
-from weightfold.latency import Latency, measure
 from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, named_groups
-from weightfold.plan import (
-    LEAST_SAVING,
-    REPAY,
-    SHARES,
-    AnyJob,
-    Candidate,
-    Decision,
-    candidate,
-    for_time,
-    knapsack,
-    ladder,
-    within_loss,
-    without_idle,
-)
-from weightfold.price import Trails, trails
+from weightfold.plan import SHARES, AnyJob, Decision
+from weightfold.planner import Planner
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform
@@ -64,9 +49,6 @@ STABLE = 0.9
 
 SIGNATURE = 64
 """Channels of each group that a look compares."""
-
-N_PRICED = 256
-"""Samples on which candidates are priced, at least."""
 
 
 class FoldConfig(Config):
@@ -170,9 +152,8 @@ class Fold(Method):
         super().__init__(config, **settings)
         self._done = False
         self._signature: dict[str, list[int]] = {}
-        self._settled = 0
+        self._settled = False
         self._seen: list[dict[Key, SecondMoment]] = []
-        self._latency: Latency | None = None
         self.decision: Decision | None = None
 
     # when -----------------------------------------------------------------------------------------------------------
@@ -244,7 +225,7 @@ class Fold(Method):
         if moment.step == self.event(moment.total_steps):
             return True
         self._look(moment)
-        return self._settled >= 1
+        return self._settled
 
     def _look(self, moment: Moment) -> None:
         """Compare whom the network would keep now with the look before."""
@@ -258,7 +239,7 @@ class Fold(Method):
                 found[group.name] = sorted(leading(second.numpy(), min(SIGNATURE, group.n_channels // 2)))
         both = [(set(found[name]), set(self._signature.get(name, ()))) for name in found]
         union = sum(len(a | b) for a, b in both)
-        self._settled = self._settled + 1 if union and sum(len(a & b) for a, b in both) / union >= STABLE else 0
+        self._settled = union > 0 and sum(len(a & b) for a, b in both) / union >= STABLE
         self._signature = found
         self._seen = [*self._seen, dict(moment.statistics)][-2:]
 
@@ -277,135 +258,18 @@ class Fold(Method):
     def _by_dial(self, moment: Moment) -> list[Proposal]:
         """Price candidates, choose by the dial, and refuse what does not pay."""
         started = time.perf_counter()
-        assert moment.loss is not None
         statistics = self._since(moment, 2)
         heads = self._head_jobs(moment, statistics)
         taken = {job.observed.name for job in heads}
         jobs: list[AnyJob] = [*(j for j in self._jobs(moment, statistics) if j.group.name not in taken), *heads]
-        groups = list({job.observed.name: job.observed for job in jobs}.values())
-        with _planning("priced", "Give 'keep' and 'at'."):
-            found_trails = trails(moment.model, groups, _enough(moment), moment.loss, moment.autocast)
-        if self.config.max_accuracy_loss is not None and found_trails.error_percent is None:
-            raise ConfigError(
-                "The dial 'max_accuracy_loss' needs class numbers as targets and scores as outputs.",
-                remedy="Use the dial 'time_goal', or give 'keep' and 'at'.",
-            )
-        macs = MacModel.of(moment.model, moment.graph, moment.example)
-        found: list[Candidate] = []
-
-        def priced(widths: Mapping[str, int]) -> Candidate:
-            found.append(candidate(jobs, found_trails, macs, widths, moment.step / moment.total_steps))
-            return found[-1]
-
-        decision = self._decide(moment, jobs, macs, priced)
-        decision = self._emptied(moment, jobs, found_trails, decision, priced)
-        decision = self._repaid(moment, decision, macs, time.perf_counter() - started)
-        self.decision = decision
-        body, aside = self._account(moment, found, decision, found_trails, time.perf_counter() - started)
+        planner = Planner(moment, self.config, jobs, self._grid(moment), started)
+        self.decision = decision = planner.decide()
+        found, aside = planner.account(decision, "the kept set has settled" if self._settled else "the latest step")
+        body = {"method": self.name, **found}
         if decision.chosen is None:
             raise Refused(decision.reason, body, aside)
         moment.record("plan", body, aside)
         return self._proposals(jobs, decision.chosen.widths, self._grid(moment))
-
-    def _decide(
-        self, moment: Moment, jobs: Sequence[AnyJob], macs: MacModel, priced: Callable[[Mapping[str, int]], Candidate]
-    ) -> Decision:
-        steps = ladder(jobs, self._grid(moment))
-        if self.config.time_goal is not None:
-            table = self._timed(moment, macs, [steps[-1], steps[len(steps) // 2]] if steps else [])
-            done = moment.step / moment.total_steps
-            decision = for_time(steps, [macs.at(w) for w in steps], priced, table, done, self.config.time_goal)
-        else:
-            decision = within_loss(steps, priced, self.config.max_accuracy_loss)
-        mixed = any(isinstance(job, HeadJob) for job in jobs)
-        wanted = self.config.allocation
-        if decision.chosen is not None and (wanted == "knapsack" or (wanted == "auto" and mixed)):
-            better, most = (
-                priced(knapsack(jobs, macs, decision.chosen, self._grid(moment))),
-                self.config.max_accuracy_loss,
-            )
-            if better.macs < decision.chosen.macs and (
-                most is None or (better.price is not None and better.price <= most)
-            ):
-                decision = Decision(better, decision.reason, decision.reached)
-        return decision
-
-    def _emptied(
-        self,
-        moment: Moment,
-        jobs: Sequence[AnyJob],
-        by: Trails,
-        decision: Decision,
-        priced: Callable[[Mapping[str, int]], Candidate],
-    ) -> Decision:
-        """Empty branches that the loss does not need, where the forecast stays within the dial."""
-        if decision.chosen is None:
-            return decision
-        widths = without_idle(jobs, by, decision.chosen, self._grid(moment))
-        if widths == dict(decision.chosen.widths):
-            return decision
-        narrower, most = priced(widths), self.config.max_accuracy_loss
-        if most is not None and (narrower.price is None or narrower.price > most):
-            return decision
-        return Decision(narrower, decision.reason, decision.reached, decision.ratio)
-
-    def _repaid(self, moment: Moment, decision: Decision, macs: MacModel, spent: float) -> Decision:
-        """Refuse an event that makes steps hardly quicker, or saves less than three times its cost."""
-        chosen = decision.chosen
-        if chosen is None:
-            return decision
-        table = self._timed(moment, macs, [chosen.widths])
-        ratio = table.ratio(chosen.macs * macs.total)
-        if 1 - ratio < LEAST_SAVING:
-            reason = f"at {chosen.share:.2g} of the channels a step would be less than {LEAST_SAVING:.0%} quicker"
-            return Decision(None, reason, reached=False, ratio=round(ratio, 2))
-        saved = table.rows[0].seconds * (1 - ratio) * (moment.total_steps - moment.step)
-        if self.config.latency is None and saved < REPAY * 2 * spent:
-            reason = "the steps that are left would not repay the event: it would save less than three times its cost"
-            return Decision(None, reason, reached=False, ratio=round(ratio, 2))
-        return Decision(chosen, decision.reason, decision.reached, round(ratio, 2))
-
-    def _timed(self, moment: Moment, macs: MacModel, plans: Sequence[Mapping[str, int]]) -> Latency:
-        """Times of training steps: as recorded, or measured at these widths and at the network as it is."""
-        if self.config.latency is not None:
-            return Latency.recorded(self.config.latency, macs.total)
-        assert moment.loss is not None
-        known = [] if self._latency is None else list(self._latency.rows)
-        have = {round(row.macs) for row in known}
-        wanted: list[tuple[dict[str, int], float]] = [({}, float(macs.total))] if not known else []
-        wanted += [(dict(widths), macs.at(widths)) for widths in plans if round(macs.at(widths)) not in have]
-        with _planning("timed", "Give the times as latency=, or 'keep' and 'at'."):
-            rows = measure(
-                moment.model, moment.graph, wanted, moment.probe[0], moment.loss, moment.optimizers, moment.autocast
-            ).rows
-        self._latency = Latency((*known, *rows))
-        return self._latency
-
-    def _account(
-        self, moment: Moment, found: Sequence[Candidate], decision: Decision, by: Trails, seconds: float
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What was weighed, for the ledger; times stay aside, for they differ from run to run."""
-        chosen = decision.chosen
-        body = {
-            "method": self.name,
-            "step": moment.step,
-            "trigger": "the kept set has settled" if self._settled >= 1 else "the latest step",
-            "error_percent": by.error_percent,
-            "priced_samples": by.n_samples,
-            "candidates": [c.to_record() for c in found],
-            "chosen": None if chosen is None else chosen.to_record(),
-            "reached": decision.reached,
-            "why": decision.reason if self.config.time_goal is None else "as the measured times allow",
-        }
-        rows = () if self._latency is None else self._latency.rows
-        times = [{"widths": dict(r.widths), "macs": r.macs, "seconds": r.seconds} for r in rows]
-        aside = {
-            "why": decision.reason,
-            "step_times": times,
-            "ratio": decision.ratio,
-            "seconds": seconds,
-        }
-        return body, aside
 
     # which ----------------------------------------------------------------------------------------------------------
 
@@ -502,33 +366,9 @@ class Fold(Method):
         return {"done": self._done, "settled": self._settled, "signature": dict(self._signature), "seen": []}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._done, self._settled = bool(state["done"]), int(state["settled"])
+        self._done, self._settled = bool(state["done"]), bool(state["settled"])
         self._signature = {name: list(channels) for name, channels in state["signature"].items()}
         self._seen = [
             {(k.rpartition("|")[0], int(k.rpartition("|")[2])): SecondMoment.from_state(v) for k, v in found.items()}
             for found in state["seen"]
         ]
-
-
-@contextmanager
-def _planning(what: str, remedy: str) -> Iterator[None]:
-    """Whatever goes wrong while planning is a reason to leave the network as it is, not to end the user's training."""
-    try:
-        yield
-    except WeightfoldError:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise DataError(f"The network could not be {what}: {type(error).__name__}: {first}", remedy=remedy) from error
-
-
-def _enough(moment: Moment) -> list[Any]:
-    """Probe batches until there are samples enough to price by."""
-    chosen: list[Any] = []
-    n_samples = 0
-    for batch in moment.probe:
-        chosen.append(batch)
-        n_samples += next((len(x) for x in reversed(batch) if isinstance(x, torch.Tensor)), 1)
-        if n_samples >= N_PRICED:
-            break
-    return chosen
