@@ -1,0 +1,1 @@
+"""Polynomial systems of differential equations, their equivalences, and networks written as such systems."""
