@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -50,6 +50,7 @@ from beds import Bed
 from weightfold.compressor import Compressor
 from weightfold.gate import losses
 from weightfold.graph.apply import apply
+from weightfold.history import Event
 from weightfold.latency import cut
 from weightfold.methods.base import Method, Moment, Proposal
 from weightfold.methods.fold import Fold
@@ -96,6 +97,56 @@ class Spied(Fold):
         return super()._by_dial(moment)
 
 
+class Meter:
+    """Counts what a run costs, step by step; begins when it is made."""
+
+    def __init__(self, bed: Bed, model: nn.Module) -> None:
+        self.bed, self.model = bed, model
+        self.start, self.cpu = time.perf_counter(), time.process_time()
+        self.unit = macs_a_sample(bed, model)
+        self.steps, self.flops = 0, 0.0
+        self.ticks: list[float] = []
+        self.rate_before = 0.0
+        self.event: dict[str, Any] = {}
+
+    def step(self, x: Tensor, seconds: float) -> None:
+        """One training step on a batch."""
+        self.flops += 6 * self.unit * tokens(self.bed, x)
+        self.steps += 1
+        self.ticks.append(seconds)
+
+    def folded(self, events: Sequence[Event]) -> bool:
+        """Take note of what happened after a step; whether it was the fold."""
+        if not events:
+            return False
+        self.unit = macs_a_sample(self.bed, self.model)
+        accepted = [e for e in events if e.accepted]
+        if self.event or not accepted or accepted[0].kind == "unfold":
+            return False
+        self.rate_before = self.flops / max(sum(self.ticks), 1e-9)
+        self.event = {"step": self.steps, "measured": accepted[0].measured, "groups": len(accepted)}
+        self.ticks.clear()
+        return True
+
+    def run(self, compressor: Compressor | None, method: Method | None) -> Run:
+        """The account of the finished run; what was done beside steps counts at the rate of dense ones."""
+        if self.bed.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
+        spy = method.seconds if isinstance(method, Spied) else 0.0
+        overhead, widths = {}, {}
+        if compressor is not None:
+            overhead = dict(compressor.seconds)
+            widths = {g.name: g.n_channels for g in compressor.graph}
+            self.event["kinds"] = sorted({e.kind for e in compressor.events})
+            self.event["refusals"] = [e.reason for e in compressor.events if not e.accepted]
+        beside = sum(v for k, v in overhead.items() if k != "prepare")
+        return Run(
+            self.bed.accuracy(self.model), seconds - spy, cpu - spy, self.flops + beside * self.rate_before,
+            parameters(self.model), self.steps, widths, median(self.ticks) if self.ticks else 0.0, overhead, self.event,
+        )  # fmt: skip
+
+
 def train(
     bed: Bed,
     seed: int,
@@ -103,69 +154,42 @@ def train(
     model: nn.Module,
     method: Method | None = None,
     *,
-    stretch: Callable[[int, Method], int] | None = None,
+    stretch: Callable[[int], int] | None = None,
     max_increase: float = math.inf,
 ) -> Run:
     """Train one arm.
 
     Args:
-        stretch: new number of steps after an event, from the step and the method.
+        stretch: new number of steps after the fold, from the step at which it happened.
     """
-    start, cpu = time.perf_counter(), time.process_time()
     model = model.to(bed.device).train()
+    meter = Meter(bed, model)
     optimizer = bed.optimizer(model)
     compressor = None
     if method is not None:
-        probe = bed.probe()
         compressor = Compressor(
-            model, bed.example(), [method], loss=bed.loss, probe=probe, total_steps=steps, seed=seed,
+            model, bed.example(), [method], loss=bed.loss, probe=bed.probe(), total_steps=steps, seed=seed,
             keep_undo=False, max_increase=max_increase,
         )  # fmt: skip
         compressor.prepare(optimizer)
-    unit = macs_a_sample(bed, model)
-    rate_before = 0.0
-    total, done, flops = steps, 0, 0.0
-    ticks: list[float] = []
-    event: dict[str, Any] = {}
-    began = time.perf_counter()
+    total, began = steps, time.perf_counter()
     for x, y in bed.batches(seed, 10**9):
-        if done == total:
+        if meter.steps == total:
             break
         for group in optimizer.param_groups:
-            group["lr"] = beds.rate(beds.PEAK[bed.name], done, total)
+            group["lr"] = beds.rate(beds.PEAK[bed.name], meter.steps, total)
         with bed.autocast():
             loss = bed.loss(bed_model(compressor, model)(x), y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        flops += 6 * unit * tokens(bed, x)
-        done += 1
-        ticks.append(time.perf_counter() - began)
-        if compressor is not None and (events := compressor.step()):
-            unit = macs_a_sample(bed, model)
-            accepted = [e for e in events if e.accepted]
-            if accepted and not event and accepted[0].kind != "unfold":
-                rate_before = flops / max(sum(ticks), 1e-9)
-                event = {"step": done, "measured": accepted[0].measured, "groups": len(accepted)}
-                ticks.clear()
-                if stretch is not None:
-                    total = stretch(done, method)
+        meter.step(x, time.perf_counter() - began)
+        if compressor is not None and meter.folded(compressor.step()) and stretch is not None:
+            total = stretch(meter.steps)
         began = time.perf_counter()
     if compressor is not None:
         compressor.convert()
-        event["kinds"] = sorted({e.kind for e in compressor.events})
-        event["refusals"] = [e.reason for e in compressor.events if not e.accepted]
-    if bed.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    spy = method.seconds if isinstance(method, Spied) else 0.0
-    overhead = {} if compressor is None else dict(compressor.seconds)
-    each = median(ticks) if ticks else 0.0
-    flops += sum(v for k, v in overhead.items() if k != "prepare") * rate_before
-    widths = {} if compressor is None else {g.name: g.n_channels for g in compressor.graph}
-    return Run(
-        bed.accuracy(model), seconds - spy, cpu - spy, flops, parameters(model), done, widths, each, overhead, event
-    )
+    return meter.run(compressor, method)
 
 
 def bed_model(compressor: Compressor | None, model: nn.Module) -> nn.Module:
@@ -214,7 +238,7 @@ def run_seed(bed: Bed, seed: int, dial: Mapping[str, float], arms: tuple[str, ..
         if "same time" in arms:
             budget = found["dense"].seconds
 
-            def stretch(done: int, _: Method) -> int:
+            def stretch(done: int) -> int:
                 spent = ours.seconds - (bed.steps - step) * faster
                 return done + max(bed.steps - done, round((budget - spent) / faster))
 

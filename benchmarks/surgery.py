@@ -27,10 +27,12 @@ import datetime
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ from surgery_reference import NETS, Batch, Lump, Make, Net, Part, Reference
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import weightfold as wf
 from weightfold.graph import edit as edits
