@@ -3,7 +3,8 @@
     python benchmarks/fold_variants.py --bed cifar-vgg-long --seeds 2 [--keep 0.5] [--scale 1.0] [--shared DIR]
         [--out FILE]
 
-All variants end at the same widths and take the same number of steps; seconds tell what they cost.
+All variants end at the same widths (`need`: the same multiply-accumulates) and take the same number of steps; seconds
+of processor time tell what they cost.
 
     dense        no event
     fold         one event at 6 % of the steps
@@ -15,6 +16,12 @@ All variants end at the same widths and take the same number of steps; seconds t
     distil       for a fifth of the steps after the event the network before it, averaged over its last steps, is a
                  teacher (weight 0.5, temperature 2)
     magnitude    one event, the largest weights, compensated
+    samples      one event, whom to keep chosen by single samples (`fold_choice.py`)
+    fisher       the same by the second-order term alone
+    return       folded to two thirds of the widths at 6 %; at 20 % removed channels come back (`fold_unshare.py`)
+    need         the same, as many multiply-accumulates as those widths have, given to the groups that need them most
+    split        folded to two thirds at 6 %; at 20 % channels split in two
+    again        folded to two thirds at 6 %; at 20 % unfolded, with what was learned since, and folded anew
     scratch      the final widths from the start
 
 Judged on training samples held out. The last line is one JSON object.
@@ -42,19 +49,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import beds
 from beds import Bed
+from fold_choice import BySamples
 from fold_training import scratch
+from fold_unshare import Reserve, by_need, split_most
 
 from weightfold.compressor import Compressor
 from weightfold.methods.attract import Attract
 from weightfold.methods.base import Method
 from weightfold.methods.fold import Fold
+from weightfold.size import MacModel
 
-EVENT, LATE = 0.06, 0.25
+EVENT, GROW, LATE = 0.06, 0.2, 0.25
+LOOK = 8
+"""Steps of statistics before an event."""
+
+UNSHARED = ("return", "need", "split", "again")
 
 
 def methods_of(variant: str, keep: float) -> list[Method]:
     """The events of a variant."""
-    one = {"align": 8, "stats_batches": 8}
+    one = {"align": 8, "stats_batches": LOOK}
     if variant in ("fold", "rewarm", "distil"):
         return [Fold(keep=keep, at=EVENT, **one)]
     if variant == "late":
@@ -63,9 +77,14 @@ def methods_of(variant: str, keep: float) -> list[Method]:
         return [Fold(keep=math.sqrt(keep), at=EVENT, **one), Fold(keep=math.sqrt(keep), at=LATE, **one)]
     if variant == "many":
         times = (0.04, 0.08, 0.12, 0.16, 0.2)
-        return [Fold(keep=keep**0.2, at=at, stats_batches=8, align=2) for at in times]
+        return [Fold(keep=keep**0.2, at=at, stats_batches=LOOK, align=2) for at in times]
     if variant == "attract":
         return [Attract(keep=keep, start=0.02, at=EVENT, strength=1.0, align=8)]
+    if variant in UNSHARED:
+        later = [Fold(keep=keep, at=GROW, **one)] if variant == "again" else []
+        return [Fold(keep=keep * 2 / 3, at=EVENT, **one), *later]
+    if variant in ("samples", "fisher"):
+        return [BySamples(variant == "samples", keep=keep, at=EVENT, **one)]
     if variant == "magnitude":
         return [Fold(keep=keep, at=EVENT, choice="magnitude", **one)]
     return []
@@ -95,11 +114,13 @@ def run(bed: Bed, seed: int, variant: str, keep: float, widths: dict[str, int]) 
     optimizer = bed.optimizer(model)
     methods = methods_of(variant, keep)
     compressor = Compressor(
-        model, bed.example(), methods, loss=bed.loss, total_steps=bed.steps, seed=seed, keep_undo=False
+        model, bed.example(), methods, loss=bed.loss, total_steps=bed.steps, seed=seed, keep_undo=False,
+        probe=bed.probe() if variant in ("samples", "fisher") else (), max_increase=math.inf,
     )  # fmt: skip
     if methods:
         compressor.prepare(optimizer)
     first = round(EVENT * bed.steps)
+    reserve: Reserve | None = None
     teacher: Teacher | None = None
     for step, (x, y) in enumerate(bed.batches(seed, bed.steps)):
         for group in optimizer.param_groups:
@@ -115,11 +136,33 @@ def run(bed: Bed, seed: int, variant: str, keep: float, widths: dict[str, int]) 
         if variant == "distil" and first // 2 <= step < first:
             teacher = teacher or Teacher(model, bed.steps // 5)
             teacher.average.update_parameters(model)
+        if variant in ("return", "need", "split") and step + 1 == first:
+            reserve = Reserve(compressor)
+        if variant == "again" and step + 1 == round(GROW * bed.steps) - LOOK:
+            compressor.unfold(len(compressor.events))
         if methods:
             compressor.step()
+        if reserve is not None and step + 1 == first:
+            reserve.close()
+        if reserve is not None and step + 1 == round(GROW * bed.steps):
+            grow(bed, variant, compressor, reserve, widths)
     seconds = time.process_time() - start
     found = {g.name: g.n_channels for g in compressor.graph} if methods else {}
+    if variant in ("return", "split", "again"):
+        assert found == widths, f"{variant} ends at {found}, not {widths}"
     return {"accuracy": bed.accuracy(model), "cpu_seconds": seconds, "widths": found}
+
+
+def grow(bed: Bed, variant: str, compressor: Compressor, reserve: Reserve, widths: dict[str, int]) -> None:
+    """Give width back, up to the widths of the plain fold."""
+    if variant == "split":
+        split_most(compressor, widths, bed.probe(), bed.loss)
+        return
+    scores = reserve.scores(bed.probe(4), bed.loss)
+    if variant == "need":
+        dense = MacModel.of(bed.make(0), reserve.graph, bed.example())
+        widths = by_need(reserve, scores, dense.at(widths), bed.example())
+    reserve.reopen(widths, scores)
 
 
 def rewarmed(variant: str, since: int, steps: int) -> float:
@@ -127,7 +170,10 @@ def rewarmed(variant: str, since: int, steps: int) -> float:
     return min(1.0, (since + 1) / span) if variant == "rewarm" and since >= 0 else 1.0
 
 
-VARIANTS = ("dense", "fold", "late", "two", "many", "attract", "rewarm", "distil", "magnitude", "scratch")
+VARIANTS = (
+    "dense", "fold", "late", "two", "many", "attract", "rewarm", "distil", "magnitude", "samples", "fisher", *UNSHARED,
+    "scratch",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -262,7 +262,7 @@ class Fold(Method):
         heads = self._head_jobs(moment, statistics)
         taken = {job.observed.name for job in heads}
         jobs: list[AnyJob] = [*(j for j in self._jobs(moment, statistics) if j.group.name not in taken), *heads]
-        planner = Planner(moment, self.config, jobs, self._grid(moment), started)
+        planner = self._planner(moment, jobs, started)
         self.decision = decision = planner.decide()
         found, aside = planner.account(decision, "the kept set has settled" if self._settled else "the latest step")
         body = {"method": self.name, **found}
@@ -270,6 +270,9 @@ class Fold(Method):
             raise Refused(decision.reason, body, aside)
         moment.record("plan", body, aside)
         return self._proposals(jobs, decision.chosen.widths, self._grid(moment))
+
+    def _planner(self, moment: Moment, jobs: Sequence[AnyJob], started: float) -> Planner:
+        return Planner(moment, self.config, jobs, self._grid(moment), started)
 
     # which ----------------------------------------------------------------------------------------------------------
 
