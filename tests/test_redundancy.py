@@ -36,8 +36,22 @@ def test_costs_of_single_steps_add_up_to_the_cost_of_the_set(spec: tuple[int, in
     for n_dropped in range(n):
         keep = path.kept(n, n - n_dropped)
         drop = np.setdiff1d(np.arange(n), keep)
-        direct = sum(r.error(keep, drop, r.map(keep, drop, 0.0)) for r in readers)
+        direct = sum(r.error(keep, drop, r.map(keep, drop, 0.0), 0.0) for r in readers)
         assert path.cost[n_dropped] == pytest.approx(direct, rel=1e-5, abs=1e-9)
+
+
+@given(spd, st.floats(0.01, 1.0))
+def test_the_error_is_that_of_the_residual_written_out(spec: tuple[int, int], ridge: float) -> None:
+    n, seed = spec
+    reader = random_reader(n, seed)
+    keep, drop = np.arange(n // 2 + 1), np.arange(n // 2 + 1, n)
+    map_SK = reader.map(keep, drop, ridge)
+    residual_SC = np.concatenate([-map_SK, np.eye(len(drop))], 1)
+    left_SS = residual_SC @ reader.second_CC @ residual_SC.T
+    direct = float((reader.gram_CC[np.ix_(drop, drop)] * left_SS).sum()) * reader.weight
+    assert reader.error(keep, drop, map_SK, ridge) == pytest.approx(direct, rel=1e-9, abs=1e-12)
+    rough = reader.rough
+    assert rough.error(keep, drop, rough.map(keep, drop, ridge), ridge) == pytest.approx(direct, rel=1e-3, abs=1e-5)
 
 
 @given(spd)
@@ -46,7 +60,7 @@ def test_each_step_drops_the_channel_that_costs_least(spec: tuple[int, int]) -> 
     reader = random_reader(n, seed)
     path = eliminate([reader], np.zeros(n, np.int64), 0.0)
     first = [
-        float(reader.error(k := np.delete(np.arange(n), i), d := np.array([i]), reader.map(k, d, 0.0)))
+        float(reader.error(k := np.delete(np.arange(n), i), d := np.array([i]), reader.map(k, d, 0.0), 0.0))
         for i in range(n)
     ]
     assert first[path.order[0]] == pytest.approx(min(first), rel=1e-6)
@@ -85,5 +99,5 @@ def test_a_large_group_is_cut_down_on_the_way_without_a_trace() -> None:
     whole = eliminate(readers, np.zeros(60, np.int64), 1e-3)
     assert whole.order[:40].tolist() == path.order.tolist()
     keep, drop = path.kept(60, 20), np.sort(path.order)
-    direct = readers[0].error(keep, drop, readers[0].map(keep, drop, 1e-3))
+    direct = readers[0].error(keep, drop, readers[0].map(keep, drop, 1e-3), 1e-3)
     assert path.cost[-1] == pytest.approx(direct, rel=0.02)

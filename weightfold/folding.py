@@ -12,9 +12,11 @@ from torch import Tensor
 
 from weightfold.graph.edit import Edit, fold
 from weightfold.graph.group import ChannelGroup
-from weightfold.graph.observe import Key
 from weightfold.price import Trails
 from weightfold.redundancy import Floats, Path, Reader
+
+ROUGH = 0.01
+"""Ridge from which float32 solves a wide group's maps to three digits: their condition number is at most C / ridge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class Job:
         random: a random score: the control "random", shape (C,).
         choice: which of the orders is followed: "redundancy", "magnitude" or "random".
         exact: whether the order comes from exact elimination.
-        latest: each reader's latest map, with the kept set that it is for.
+        latest: each reader's latest map, with the kept set that it is for, by the reader's id.
         energies: lost energy by kept set, as far as it was asked for.
     """
 
@@ -38,13 +40,18 @@ class Job:
     ridge: float
     exact: bool
     choice: str = "redundancy"
-    latest: dict[Key, tuple[bytes, Floats]] = field(default_factory=dict)
+    latest: dict[int, tuple[bytes, Floats]] = field(default_factory=dict)
     energies: dict[bytes, float] = field(default_factory=dict)
 
     @property
     def observed(self) -> ChannelGroup:
         """The group whose channels the readers are seen to read."""
         return self.group
+
+    @property
+    def _weighing(self) -> Sequence[Reader]:
+        """The readers by which candidates are weighed: wide groups in float32, where the ridge is strong enough."""
+        return self.readers if self.exact or self.ridge < ROUGH else [reader.rough for reader in self.readers]
 
     def kept(self, width: int) -> Floats:
         """The channels that stay at a width, ascending."""
@@ -60,7 +67,7 @@ class Job:
         """Relative error of the readers' outputs for any kept set, compensated; the mean over readers."""
         if keep.tobytes() not in self.energies:
             drop = self._dropped(keep)
-            errors = [r.error(keep, drop, self._map(r, keep, drop)) for r in self.readers]
+            errors = [r.error(keep, drop, self._map(r, keep, drop), self.ridge) for r in self._weighing]
             self.energies[keep.tobytes()] = float(np.mean(errors))
         return self.energies[keep.tobytes()]
 
@@ -69,7 +76,7 @@ class Job:
         keep = self.kept(width)
         drop = self._dropped(keep)
         total = torch.zeros(trails.n_samples, dtype=torch.float64)
-        for reader in self.readers:
+        for reader in self._weighing:
             if (self.group.name, reader.key) not in trails.by_reader:
                 return None
             map_SK = self._map(reader, keep, drop)
@@ -91,9 +98,9 @@ class Job:
 
     def _map(self, reader: Reader, keep: Floats, drop: Floats) -> Floats:
         """M of a reader; asked for the same kept set again, it is not solved again."""
-        known = self.latest.get(reader.key)
+        known = self.latest.get(id(reader))
         if known is None or known[0] != keep.tobytes():
-            known = self.latest[reader.key] = keep.tobytes(), reader.map(keep, drop, self.ridge)
+            known = self.latest[id(reader)] = keep.tobytes(), reader.map(keep, drop, self.ridge)
         return known[1]
 
     def _dropped(self, keep: Floats) -> Floats:
@@ -112,8 +119,8 @@ class Job:
             "ridge": self.ridge,
             "readers": {r.key[0]: r.count for r in self.readers},
             "dropped": [
-                {"channel": int(i), "cost": float(c), **self._partner(int(i), keep)}
-                for i, c in zip(dropped, costs, strict=True)
+                {"channel": int(i), "cost": float(c), **partner}
+                for i, c, partner in zip(dropped, costs, self._partners(dropped, keep), strict=True)
             ],
             "rejected": [
                 self._rejected(choice, score, len(keep), lost_energy)
@@ -135,14 +142,24 @@ class Job:
         dropped = self._dropped(self.kept(width))
         return dropped, (self.norms if self.choice == "magnitude" else self.random)[dropped]
 
-    def _partner(self, i: int, keep: Floats) -> dict[str, Any]:
-        """The kept channel that is most like a dropped one, where it is read most strongly."""
-        second = max(self.readers, key=lambda r: r.gram_CC[i, i] * r.second_CC[i, i] * r.weight).second_CC
-        scale = np.sqrt(np.maximum(np.diag(second)[keep] * second[i, i], 1e-300))
-        correlation = np.round(second[i, keep] / scale, 13)
-        j = int(np.abs(correlation).argmax())
-        coefficient = second[i, keep[j]] / max(float(second[keep[j], keep[j]]), 1e-300)
-        return {"partner": int(keep[j]), "correlation": float(correlation[j]), "coefficient": float(coefficient)}
+    def _partners(self, dropped: Floats, keep: Floats) -> list[dict[str, Any]]:
+        """For each dropped channel the kept one that is most like it, where it is read most strongly."""
+        read_RC = np.stack([np.diag(r.gram_CC) * np.diag(r.second_CC) * r.weight for r in self.readers])
+        strongest_S = read_RC[:, dropped].argmax(0)
+        found: list[dict[str, Any]] = [{}] * len(dropped)
+        for number, reader in enumerate(self.readers):
+            mine = np.flatnonzero(strongest_S == number)
+            second_SK, energy_C = reader.second_CC[np.ix_(dropped[mine], keep)], np.diag(reader.second_CC)
+            scale_SK = np.sqrt(np.maximum(energy_C[keep] * energy_C[dropped[mine], None], 1e-300))
+            correlation_SK = np.round(second_SK / scale_SK, 13)
+            for at, j, second_K, correlation_K in zip(
+                mine, np.abs(correlation_SK).argmax(1), second_SK, correlation_SK, strict=True
+            ):
+                coefficient = float(second_K[j] / max(float(energy_C[keep[j]]), 1e-300))
+                found[at] = {
+                    "partner": int(keep[j]), "correlation": float(correlation_K[j]), "coefficient": coefficient
+                }  # fmt: skip
+        return found
 
     def _rejected(self, choice: str, score: Floats, width: int, chosen: float) -> dict[str, Any]:
         """What keeping the channels of the highest scores instead would cost, compensated alike."""

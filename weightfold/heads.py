@@ -68,7 +68,7 @@ class HeadJob:
     def lost_energy(self, keep: Floats) -> float:
         """Relative error of the output layer's result, compensated."""
         stay, go = self._channels(keep)
-        return self.reader.error(stay, go, self.reader.map(stay, go, self.ridge))
+        return self.reader.error(stay, go, self.reader.map(stay, go, self.ridge), self.ridge)
 
     def residual(self, trails: Trails, width: int) -> Tensor | None:
         """What folding to a width does to each sample's loss, first order; None where the reader left no trail."""

@@ -183,9 +183,9 @@ def within_loss(steps: Sequence[T], priced: Callable[[T], Candidate], most: floa
         >>> print(within_loss([strong], lambda c: c, 0.2).reason)
         this network is not over-wide: folding to 0.25 would cost about 0.9 points, more than 0.2
     """
-    found = [priced(steps[0])] if steps else []
-    low, high = 0, len(steps)
-    while found and _good(found[0], most) and high - low > 1:
+    found: list[Candidate] = []
+    low, high = -1, len(steps)
+    while high - low > 1:
         middle = (low + high) // 2
         found.append(priced(steps[middle]))
         low, high = (middle, high) if _good(found[-1], most) else (low, middle)
@@ -194,7 +194,7 @@ def within_loss(steps: Sequence[T], priced: Callable[[T], Candidate], most: floa
         return by_loss(min(good, key=lambda c: c.macs), most)
     if not found:
         return Decision(None, "no group can be made narrower on the grid of widths", reached=False)
-    mild = found[0]
+    mild = found[-1]
     reason = (
         f"this network is not over-wide: folding to {mild.share:.2g} would cost about {mild.price:.1f} points, "
         f"more than {most:g}"
