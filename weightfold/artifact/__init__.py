@@ -5,6 +5,7 @@ from weightfold.artifact.files import drafting, make_folder, write_bytes, write_
 from weightfold.artifact.format import Attribute, Builder, Input, Resized, Structure, read_structure
 from weightfold.artifact.header import Header, fingerprint, read_header
 from weightfold.artifact.matrix import coded_bits, decode, encode
+from weightfold.artifact.packed import Packed, PackedSizes, promised_bytes, read_packed, write_packed
 from weightfold.artifact.packing import packed_bytes
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "CodedTensor",
     "Header",
     "Input",
+    "Packed",
+    "PackedSizes",
     "Resized",
     "Structure",
     "coded_bits",
@@ -25,10 +28,13 @@ __all__ = [
     "make_folder",
     "nearest_step",
     "packed_bytes",
+    "promised_bytes",
     "read_header",
+    "read_packed",
     "read_structure",
     "row_bits",
     "step_value",
     "write_bytes",
     "write_json",
+    "write_packed",
 ]

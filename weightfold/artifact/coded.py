@@ -123,7 +123,9 @@ class CodedTensor:
 
     def same(self, other: CodedTensor) -> bool:
         """Tell whether two hold the same tensor: equal codes, and equal steps in the rows that are not zero."""
-        if self.shape != other.shape or self.steps.shape != other.steps.shape:
+        if self.shape != other.shape or self.codes.size == 0:
+            return self.shape == other.shape
+        if self.steps.shape != other.steps.shape:
             return False
         live = self.bits_R > 0
         return bool((self.codes == other.codes).all() and (self.steps[live] == other.steps[live]).all())

@@ -2,8 +2,8 @@
 
 odds(i, j) = odds of row i's density class * f_j * h. f_j = (m_j + a f_g) / (e + a) compares the m_j codes of column j
 that were not zero so far with the e that the classes of these rows let expect; f_g is the same ratio over the columns
-of one group (kernel positions of one input channel), and a weighs it. h is the same kind of ratio over all codes that have
-0, 1 or 2 neighbours that are not zero, in the kernel or image that a group of columns is.
+of one group (kernel positions of one input channel), and a weighs it. h is the same kind of ratio over all codes that
+have 0, 1 or 2 neighbours that are not zero, in the kernel or image that a group of columns is.
 
 Counts are whole numbers; all else is + - * / of single float64 numbers: the same chances on every machine.
 """

@@ -2,8 +2,20 @@
 
 from weightfold.export.blueprint import Blueprint
 from weightfold.export.check import Exported
+from weightfold.export.packed import load_packed, promised_packed_bytes, save_packed
 from weightfold.export.saved import load, save_model
 from weightfold.export.source import Source
 from weightfold.export.targets import TARGETS, export
 
-__all__ = ["TARGETS", "Blueprint", "Exported", "Source", "export", "load", "save_model"]
+__all__ = [
+    "TARGETS",
+    "Blueprint",
+    "Exported",
+    "Source",
+    "export",
+    "load",
+    "load_packed",
+    "promised_packed_bytes",
+    "save_model",
+    "save_packed",
+]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from weightfold.artifact import Builder, Input, read_header
 from weightfold.artifact.format import KEY, read_structure
+from weightfold.artifact.packed import SUFFIX, read_packed
 from weightfold.data import load_model
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export.blueprint import Blueprint
@@ -65,12 +66,14 @@ def is_saved(spec: str | Path) -> bool:
     """Tell whether a path is a model that weightfold saved, or the folder of one."""
     path = Path(spec)
     if path.is_dir():
-        return (path / "model.safetensors").is_file() and not (path / "config.json").is_file()
+        return model_file(path).is_file() and not (path / "config.json").is_file()
+    if path.suffix == SUFFIX:
+        return path.is_file()
     return path.suffix == ".safetensors" and path.is_file() and KEY in read_header(path).metadata
 
 
 def _open_saved(path: Path, inputs: tuple[Input, ...], task: TaskSpec | None, maker: str | None) -> Source:
-    structure, _ = read_structure(path)
+    structure = read_packed(path).structure if path.suffix == SUFFIX else read_structure(path)[0]
     builder = structure.builder
 
     def fresh() -> nn.Module:

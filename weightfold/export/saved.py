@@ -13,6 +13,7 @@ from weightfold import __version__
 from weightfold.artifact import Builder, Input, Structure, read_structure, write_bytes, write_json
 from weightfold.artifact.format import check_tensors, to_metadata
 from weightfold.artifact.header import fingerprint
+from weightfold.artifact.packed import SUFFIX
 from weightfold.data import load_weights_
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export.blueprint import Blueprint, rebuild_, state_tensors
@@ -45,10 +46,23 @@ def save_model(
     Raises:
         ArtifactError: the file cannot be written; nothing is left behind.
     """
+    structure = structure_of(model, before, builder, inputs, ledger_head)
+    tensors = {n: t.detach().cpu().contiguous() for n, t in state_tensors(model).items() if n not in structure.aliases}
+    write_bytes(Path(path), save(tensors, metadata=to_metadata(structure)))
+    return structure
+
+
+def structure_of(
+    model: nn.Module,
+    before: Blueprint,
+    builder: Builder,
+    inputs: Sequence[Input] = (),
+    ledger_head: str | None = None,
+) -> Structure:
+    """Take down what must be known besides the tensors to rebuild a module; see `save_model`."""
     now = Blueprint.of(model)
     sizes, attributes = before.changes_to(now)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in state_tensors(model).items() if n not in now.aliases}
-    structure = Structure(
+    return Structure(
         builder=builder,
         sizes=sizes,
         attributes=attributes,
@@ -58,8 +72,6 @@ def save_model(
         fingerprint=model_fingerprint(model),
         versions={"weightfold": __version__, "torch": str(torch.__version__)},
     )
-    write_bytes(Path(path), save(tensors, metadata=to_metadata(structure)))
-    return structure
 
 
 def write_structure(structure: Structure, folder: Path) -> None:
@@ -71,7 +83,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a model that weightfold saved, with the shapes that it had then.
 
     Args:
-        path: `model.safetensors`, or the folder of a run that holds one.
+        path: `model.safetensors`, a packed file `.wfp`, or the folder of a run that holds one.
         model: for a model that is not built in: an instance as it was made before any edit. It is changed in place.
     Returns:
         model: on the CPU, in evaluation mode.
@@ -91,6 +103,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         True
     """
     file = model_file(path)
+    if file.suffix == SUFFIX:
+        from weightfold.export.packed import load_packed
+
+        return load_packed(file, model)
     structure, header = read_structure(file)
     check_tensors(structure, header, file)
     if fingerprint(file, header, structure.aliases) != structure.fingerprint:
@@ -98,7 +114,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"The tensors in '{file}' do not have the fingerprint that its metadata gives: they were changed.",
             remedy="Copy or write it again.",
         )
-    made = _make(structure.builder, file) if model is None else model
+    made = make(structure.builder, file) if model is None else model
     rebuild_(made, structure, str(file))
     load_weights_(made, file)
     return made.eval()
@@ -107,10 +123,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def model_file(path: str | Path) -> Path:
     """Find the model's file in a run folder, or take the file itself."""
     path = Path(path)
-    return path / "model.safetensors" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    packed, plain = path / f"model{SUFFIX}", path / "model.safetensors"
+    return packed if packed.is_file() and not plain.is_file() else plain
 
 
-def _make(builder: Builder, file: Path) -> nn.Module:
+def make(builder: Builder, file: Path) -> nn.Module:
+    """Make the module of a file as it was before any edit.
+
+    Raises:
+        ConfigError: it is not built in.
+    """
     if builder.kind == "built-in":
         task = TaskSpec.model_validate(builder.task)
         return build(builder.name, task, **builder.overrides)
