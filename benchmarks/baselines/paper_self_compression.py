@@ -386,7 +386,7 @@ def run(
         (loss + gamma * state.average_bits() + L1 * state.bias_penalty()).backward()
         state.optimizer.step()
         state.clamp()
-        value = float(loss)
+        value = float(loss.detach())
         del loss  # what it holds knows the shapes before the cut
         if (step + 1) % CUT_EVERY == 0:
             state.cut()
