@@ -139,14 +139,14 @@ def _reader(model: nn.Module, axis: Axis, moment: SecondMoment, per_channel: flo
             f"'{axis.tensor}' reads {own.n_channels} channels; {own.count} samples are too few to relate them.",
             remedy="Raise 'stats_batches', or observe more data.",
         )
-    centred = _takes_mean(model, axis)
+    centred = takes_mean(model, axis)
     second_CC = (own.covariance() if centred else own.second()).numpy()
     gram_CC = sum((rows @ rows.T for rows in axis_rows(model, axis)), torch.zeros(())).numpy()
     apart = _apart(axis)
     return Reader(axis.key, second_CC * apart, gram_CC * apart, own.count, own.mean_C.numpy() if centred else None)
 
 
-def _takes_mean(model: nn.Module, axis: Axis) -> bool:
+def takes_mean(model: nn.Module, axis: Axis) -> bool:
     """Whether the reader is a linear layer with a bias."""
     owner, leaf, weight = find_tensor(model, axis.tensor)
     bias = getattr(owner, leaf.replace("weight", "bias"), None)
