@@ -11,16 +11,20 @@ import numpy.typing as npt
 from weightfold.artifact.coded import Ints
 from weightfold.artifact.decisions import Coder, Contexts, Flags, Meter
 from weightfold.artifact.rangecoder import HALF, Decoder
-from weightfold.artifact.rows import Rows
+from weightfold.artifact.rows import Rows, read_classes, write_classes
 from weightfold.artifact.zeros import Columns, Zeros, class_chances
 
 Codes = npt.NDArray[Any]
 _CHUNK = 1 << 17
+_NEAR = np.array([0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 6])
+"""Class of a magnitude's neighbours, by the sum of theirs."""
 
 
-def write_zeros(coder: Coder, codes_LC: Codes, rows: Rows, columns: Columns, prior: float) -> None:
+def write_zeros(coder: Coder, codes_LC: Codes, columns: Columns, prior: float) -> None:
+    """Code the density class of each row, and which codes are zero."""
+    classes_L = write_classes(coder, codes_LC)
     flags_LC = codes_LC != 0
-    chances_LC = Zeros(columns, prior).matrix(flags_LC, class_chances(rows.classes_L))
+    chances_LC = Zeros(columns, prior).matrix(flags_LC, class_chances(classes_L))
     for flags, chances in zip(_pieces(flags_LC), _pieces(chances_LC), strict=True):
         if isinstance(coder, Meter):
             coder.flags(flags, chances)  # pyright: ignore[reportArgumentType]
@@ -28,14 +32,15 @@ def write_zeros(coder: Coder, codes_LC: Codes, rows: Rows, columns: Columns, pri
             coder.flags(flags.tolist(), chances.tolist())
 
 
-def read_zeros(decoder: Decoder, rows: Rows, columns: Columns, prior: float) -> Flags:
+def read_zeros(decoder: Decoder, n_rows: int, columns: Columns, prior: float) -> Flags:
+    """Read back which codes are not zero, shape (L, C)."""
     model = Zeros(columns, prior)
-    above, left = (places.tolist() for places in columns.neighbours)
-    flags_LC = np.zeros((len(rows.order_L), len(columns.live_C)), bool)
-    for place, chance in enumerate(class_chances(rows.classes_L).tolist()):
+    places = columns.neighbours.tolist()
+    flags_LC = np.zeros((n_rows, len(columns.live_C)), bool)
+    for place, chance in enumerate(class_chances(read_classes(decoder, n_rows)).tolist()):
         chances = [part.tolist() for part in model.row(chance)]
         joint = columns.joint
-        flags_LC[place] = decoder.joint_flags(chances, left, above) if joint else decoder.flags(chances[0])
+        flags_LC[place] = decoder.joint_flags(chances, places) if joint else decoder.flags(chances[0])
         model.saw(flags_LC[place])
     return flags_LC
 
@@ -54,40 +59,51 @@ def read_signs(decoder: Decoder, flags_LC: Flags, columns: Columns) -> npt.NDArr
     if not columns.joint:
         signs_LC[flags_LC] = 2 * np.array(decoder.flags([HALF] * np.count_nonzero(flags_LC)), np.int16) - 1
         return signs_LC
-    above, left = (places.tolist() for places in columns.neighbours)
+    left, above, above_left, above_right = columns.neighbours.tolist()
     contexts = Contexts()
     for row, flags_C in enumerate(flags_LC):
         signs = [0] * (len(above) + 1)
         for place in np.flatnonzero(flags_C).tolist():
-            near = signs[above[place]] + signs[left[place]]
+            near = 2 * (signs[left[place]] + signs[above[place]])
+            near += signs[above_left[place]] + signs[above_right[place]]
             same = decoder.learn(contexts.of(abs(near))) if near else decoder.flag(HALF)
             signs[place] = 1 if same ^ (near < 0) else -1
         signs_LC[row] = signs[:-1]
     return signs_LC
 
 
-def write_sizes(coder: Coder, codes_LC: Codes, rows: Rows) -> None:
+def write_sizes(coder: Coder, codes_LC: Codes, rows: Rows, columns: Columns) -> None:
+    """Code the magnitudes of all codes that are not zero, in rows of more than two bits; neighbours are the context."""
     wide_LC = np.broadcast_to(rows.bits_L[:, None], codes_LC.shape)
     here = (codes_LC != 0) & (wide_LC > 2)
-    sizes_N, bits_N = np.abs(codes_LC[here].astype(np.int64)), wide_LC[here]
-    contexts = Contexts()
+    sizes_LC = np.abs(codes_LC.astype(np.int64))
+    base_N = wide_LC[here] << 8
+    if columns.joint:
+        base_N |= _NEAR[np.minimum(columns.near(sizes_LC)[here], len(_NEAR) - 1)] << 13
+    sizes_N, contexts = sizes_LC[here], Contexts()
     for at in range(0, len(sizes_N), _CHUNK):
-        contexts.code(coder, *_size_decisions(sizes_N[at : at + _CHUNK], bits_N[at : at + _CHUNK]))
+        contexts.code(coder, *_size_decisions(sizes_N[at : at + _CHUNK], base_N[at : at + _CHUNK]))
 
 
-def _size_decisions(sizes_N: Ints, bits_N: Ints) -> tuple[Ints, Flags]:
-    """The decisions behind magnitudes, one magnitude after the other, with the context of each."""
+def _size_decisions(sizes_N: Ints, base_N: Ints) -> tuple[Ints, Flags]:
+    """The decisions behind magnitudes, one magnitude after the other, with the context of each.
+
+    A context is 2^13 * class of the neighbours + 2^8 * bits of the row + place in the tree of decisions; beyond the
+    first two digits, what the neighbours are does not matter.
+    """
     digits_N = np.frexp(sizes_N.astype(np.float64))[1].astype(np.int64)
+    alone_N = base_N & 0x1F00
+    bits_N = alone_N >> 8
     widest = int(bits_N.max())
     contexts, decisions = [], []
     for n in range(1, widest - 1):  # is it longer than n digits?
         asked = (digits_N >= n) & (n < bits_N - 1)
-        contexts.append(np.where(asked, _size_context(bits_N, n), -1))
+        contexts.append(np.where(asked, (base_N if n <= 2 else alone_N) + n, -1))
         decisions.append(digits_N > n)
     for n in range(1, widest - 1):  # the digits below the leading one
         place_N = np.maximum(digits_N - 1 - n, 0)
         above_N = sizes_N >> (place_N + 1)
-        known = _size_context(bits_N, 16 + 4 * digits_N + above_N) if n <= 2 else np.zeros_like(bits_N)
+        known = alone_N + 16 + 4 * digits_N + above_N if n <= 2 else np.zeros_like(alone_N)
         contexts.append(np.where(n < digits_N, known, -1))
         decisions.append((sizes_N >> place_N) & 1 > 0)
     contexts_ND, decisions_ND = np.stack(contexts, axis=1), np.stack(decisions, axis=1)
@@ -95,27 +111,33 @@ def _size_decisions(sizes_N: Ints, bits_N: Ints) -> tuple[Ints, Flags]:
     return contexts_ND[asked_ND], decisions_ND[asked_ND]
 
 
-def _size_context(bits: Any, node: Any) -> Any:
-    return 256 * bits + node
-
-
-def read_sizes(decoder: Decoder, flags_LC: Flags, rows: Rows) -> npt.NDArray[np.int16]:
+def read_sizes(decoder: Decoder, flags_LC: Flags, rows: Rows, columns: Columns) -> npt.NDArray[np.int16]:
+    """Read back the magnitudes, 0 where a flag says so; shape (L, C)."""
     sizes_LC = flags_LC.astype(np.int16)
-    contexts = Contexts()
+    contexts, near = Contexts(), _NEAR.tolist()
+    left, above, above_left, above_right = columns.neighbours.tolist()
     for row, bits in enumerate(rows.bits_L.tolist()):
-        if bits > 2:
-            n = np.count_nonzero(flags_LC[row])
-            sizes_LC[row, flags_LC[row]] = [_read_size(decoder, contexts, bits) for _ in range(n)]
+        if bits == 2:
+            continue
+        sizes = [*sizes_LC[row].tolist(), 0]
+        for place in np.flatnonzero(flags_LC[row]).tolist():
+            context = 0
+            if columns.joint:
+                sum_near = 2 * (sizes[left[place]] + sizes[above[place]])
+                sum_near += sizes[above_left[place]] + sizes[above_right[place]]
+                context = near[min(sum_near, len(near) - 1)]
+            sizes[place] = _read_size(decoder, contexts, bits, context << 13)
+        sizes_LC[row] = sizes[:-1]
     return sizes_LC
 
 
-def _read_size(decoder: Decoder, contexts: Contexts, bits: int) -> int:
-    digits, size = 1, 1
-    while digits < bits - 1 and decoder.learn(contexts.of(_size_context(bits, digits))):
+def _read_size(decoder: Decoder, contexts: Contexts, bits: int, near: int) -> int:
+    alone, digits, size = bits << 8, 1, 1
+    while digits < bits - 1 and decoder.learn(contexts.of(alone + digits + (near if digits <= 2 else 0))):
         digits += 1
     for n in range(1, digits):
-        known = contexts.of(_size_context(bits, 16 + 4 * digits + size))
-        size = 2 * size + (decoder.learn(known) if n <= 2 else decoder.flag(HALF))
+        known = contexts.of(alone + 16 + 4 * digits + size) if n <= 2 else None
+        size = 2 * size + (decoder.flag(HALF) if known is None else decoder.learn(known))
     return size
 
 

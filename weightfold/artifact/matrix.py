@@ -118,12 +118,12 @@ def write(tensor: CodedTensor, coder: Coder) -> None:
     if not len(rows.order_L):
         return
     codes_LC = tensor.matrix_RC[rows.order_L]
-    choice = _choose(codes_LC, rows, tensor.shape)
+    choice = _choose(codes_LC, tensor.shape)
     columns = _put_columns(coder, codes_LC, choice, tensor.shape)
     codes_LC = codes_LC[:, columns.live_C]
-    write_zeros(coder, codes_LC, rows, columns, PRIORS[choice.prior])
+    write_zeros(coder, codes_LC, columns, PRIORS[choice.prior])
     write_signs(coder, codes_LC, columns)
-    write_sizes(coder, codes_LC, rows)
+    write_sizes(coder, codes_LC, rows, columns)
 
 
 def read(decoder: Decoder, shape: tuple[int, ...]) -> CodedTensor:
@@ -142,16 +142,16 @@ def read(decoder: Decoder, shape: tuple[int, ...]) -> CodedTensor:
     codes_RC = np.zeros((n_rows, n_columns), np.int16)
     if len(rows.order_L):
         columns, prior = _get_columns(decoder, n_columns, shape, len(rows.order_L))
-        flags_LC = read_zeros(decoder, rows, columns, prior)
+        flags_LC = read_zeros(decoder, len(rows.order_L), columns, prior)
         signs_LC = read_signs(decoder, flags_LC, columns)
-        codes_RC[np.ix_(rows.order_L, columns.live_C)] = signs_LC * read_sizes(decoder, flags_LC, rows)
+        codes_RC[np.ix_(rows.order_L, columns.live_C)] = signs_LC * read_sizes(decoder, flags_LC, rows, columns)
     return CodedTensor(codes_RC.reshape(shape), steps_R)
 
 
 # columns --------------------------------------------------------------------------------------------------------------
 
 
-def _choose(codes_LC: npt.NDArray[Any], rows: Rows, shape: tuple[int, ...]) -> Choice:
+def _choose(codes_LC: npt.NDArray[Any], shape: tuple[int, ...]) -> Choice:
     """Find the choice that makes the tensor smallest: columns first, then the grid, then the prior."""
     if len(codes_LC) == 1:
         return Choice(grid=0, prior=1)
@@ -160,7 +160,7 @@ def _choose(codes_LC: npt.NDArray[Any], rows: Rows, shape: tuple[int, ...]) -> C
         meter = Meter()
         columns = _put_columns(meter, codes_LC, choice, shape)
         live_LC = codes_LC[:, columns.live_C]
-        write_zeros(meter, live_LC, rows, columns, PRIORS[choice.prior])
+        write_zeros(meter, live_LC, columns, PRIORS[choice.prior])
         write_signs(meter, live_LC, columns)
         return meter.bits
 
@@ -203,12 +203,12 @@ def _get_columns(decoder: Decoder, n: int, shape: tuple[int, ...], n_living: int
 def _mask_contexts(flags_C: Ints, grid: Grid) -> Ints:
     """The context of each column's flag: the two flags before it, and that above it in an image."""
     padded = np.concatenate([[1, 1], flags_C, [0]])
-    above = grid.above_left(len(flags_C))[0]
+    above = grid.neighbours(len(flags_C))[1]
     return 1 + padded[1:-2] + 2 * padded[:-3] + 4 * np.where(above >= 0, padded[above + 2], 0)
 
 
 def _read_mask(decoder: Decoder, n: int, grid: Grid) -> list[int]:
-    contexts, above = Contexts(), grid.above_left(n)[0].tolist()
+    contexts, above = Contexts(), grid.neighbours(n)[1].tolist()
     flags = [1, 1]
     for place in range(n):
         up = flags[above[place] + 2] if above[place] >= 0 else 0

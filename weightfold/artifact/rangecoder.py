@@ -153,21 +153,20 @@ class Decoder:
         self._value, self._range, self._at = value, size, at
         return out
 
-    def joint_flags(self, chances: Sequence[Sequence[int]], left: Sequence[int], above: Sequence[int]) -> list[int]:
-        """Read flags whose chances depend on two flags read before, each the neighbour of the flag to be read.
+    def joint_flags(self, chances: Sequence[Sequence[int]], neighbours: Sequence[Sequence[int]]) -> list[int]:
+        """Read flags whose chances depend on four flags read before, the neighbours of the flag to be read.
 
         Args:
-            chances: three lists of N chances: for no, one and two neighbours that are set.
-            left: place of each flag's first neighbour among those read, or N if it has none.
-            above: the same of the second neighbour.
+            chances: seven lists of N chances, by the sum of the neighbours; the first two of them count twice.
+            neighbours: four lists of N: the place of each flag's neighbour among those read, or N if it has none.
         Returns:
             flags: N of them.
         """
         value, size, at, data = self._value, self._range, self._at, self._data
-        out = [0] * (len(left) + 1)
+        out = [0] * (len(chances[0]) + 1)
         end = len(data)
-        for place, first, second in zip(range(len(left)), left, above, strict=True):
-            bound = (size * chances[out[first] + out[second]][place]) >> SCALE_BITS
+        for place, (a, b, c, d) in enumerate(zip(*neighbours, strict=True)):
+            bound = (size * chances[2 * (out[a] + out[b]) + out[c] + out[d]][place]) >> SCALE_BITS
             if value < bound:
                 size = bound
                 out[place] = 1

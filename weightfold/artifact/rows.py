@@ -1,8 +1,9 @@
-"""The rows of a coded tensor: bits, step and density of each."""
+"""The rows of a coded tensor: bits, steps and densities."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,22 +21,19 @@ class Rows:
     Args:
         order_L: places of the living rows, by bits, int64, shape (L,).
         bits_L: of each, 2 to 16.
-        classes_L: density class of each.
     """
 
     order_L: Ints
     bits_L: Ints
-    classes_L: Ints
 
     @classmethod
     def of(cls, tensor: CodedTensor) -> Rows:
         """Take down the rows of a tensor."""
         bits_R, order_L = tensor.bits_R, _order(tensor.bits_R)
-        counts_L = np.count_nonzero(tensor.matrix_RC[order_L], axis=1)
-        return cls(order_L, bits_R[order_L], density_classes(counts_L, tensor.matrix_RC.shape[1]))
+        return cls(order_L, bits_R[order_L])
 
     def write(self, coder: Coder, tensor: CodedTensor) -> None:
-        """Code bits, steps and classes."""
+        """Code bits and steps."""
         contexts, before = Contexts(), 0
         for bits in tensor.bits_R.tolist():
             base = 32 * min(before, 6)
@@ -43,12 +41,7 @@ class Rows:
             for n in range(2, min(bits + 1, MAX_BITS)):
                 coder.learn(bits > n, contexts.of(base + n))
             before = bits
-        steps_L = tensor.steps[self.order_L].astype(np.int64)
-        for numbers in (steps_L, self.classes_L):
-            model, last = Whole(), 0
-            for number in numbers.tolist():
-                model.write(coder, number - last)
-                last = number
+        _write_running(coder, tensor.steps[self.order_L].astype(np.int64))
 
     @classmethod
     def read(cls, decoder: Decoder, n_rows: int) -> tuple[Rows, npt.NDArray[np.int16]]:
@@ -62,17 +55,36 @@ class Rows:
                 bits += 1
             bits_R[row] = before = bits
         order_L = _order(bits_R)
-        steps_L, classes_L = (_running(decoder, len(order_L), limit) for limit in (STEP_LIMIT, N_CLASSES))
         steps_R = np.zeros(n_rows, np.int16)
-        steps_R[order_L] = steps_L
-        return cls(order_L, bits_R[order_L], classes_L), steps_R
+        steps_R[order_L] = _read_running(decoder, len(order_L), STEP_LIMIT)
+        return cls(order_L, bits_R[order_L]), steps_R
 
 
 def _order(bits_R: Ints) -> Ints:
     return np.argsort(bits_R, kind="stable")[np.count_nonzero(bits_R == 0) :].astype(np.int64)
 
 
-def _running(decoder: Decoder, n: int, limit: int) -> Ints:
+def write_classes(coder: Coder, codes_LC: npt.NDArray[Any]) -> Ints:
+    """Code the density class of each row, and return them, shape (L,)."""
+    classes_L = density_classes(np.count_nonzero(codes_LC, axis=1), codes_LC.shape[1])
+    _write_running(coder, classes_L)
+    return classes_L
+
+
+def read_classes(decoder: Decoder, n: int) -> Ints:
+    """Read back the density classes of n rows."""
+    return _read_running(decoder, n, N_CLASSES)
+
+
+def _write_running(coder: Coder, numbers_L: Ints) -> None:
+    """Code numbers, each as its difference to the one before."""
+    model, last = Whole(), 0
+    for number in numbers_L.tolist():
+        model.write(coder, number - last)
+        last = number
+
+
+def _read_running(decoder: Decoder, n: int, limit: int) -> Ints:
     model, last = Whole(), 0
     out = np.zeros(n, np.int64)
     for place in range(n):

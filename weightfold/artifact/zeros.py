@@ -29,6 +29,8 @@ PRIORS = (0.5, 2.0, 8.0, 64.0)
 """How many codes the expectation weighs against what a column shows."""
 _GROUP_PRIOR = 4.0
 _JOINT_PRIOR = 8.0
+N_NEAR = 7
+"""Values of the sum of a flag's neighbours: two count twice, two once."""
 _BLOCK = 1 << 18
 
 _SMALL = np.array([SCALE >> (1 + s // 2) if s % 2 == 0 else 92682 >> (2 + s // 2) for s in range(N_CLASSES + 1)])
@@ -88,12 +90,14 @@ class Grid:
         sides = [side for side in range(isqrt(n_columns), 1, -1) if n_columns % (side * side) == 0]
         return cls(1, 1), *(cls(side * side, side) for side in sides[:7])
 
-    def above_left(self, n_columns: int) -> tuple[Ints, Ints]:
-        """The columns above and to the left of each, -1 where there is none; shape (C,) each."""
+    def neighbours(self, n_columns: int) -> Ints:
+        """The columns to the left of each, above, above left and above right, -1 where there is none; shape (4, C)."""
         place = np.arange(n_columns)
-        inner = place % self.size
-        above = np.where(inner >= self.width, place - self.width, -1)
-        return above, np.where(inner % self.width > 0, place - 1, -1)
+        across, lower = place % self.width, place % self.size >= self.width
+        first, last = across == 0, across == self.width - 1
+        known = np.stack([~first, lower, lower & ~first, lower & ~last])
+        steps = np.array([[1], [self.width], [self.width + 1], [self.width - 1]])
+        return np.where(known, place - steps, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +115,12 @@ class Columns:
     grid: Grid
 
     @cached_property
-    def neighbours(self) -> tuple[Ints, Ints]:
-        """Places of the columns above and to the left among the coded ones; C where there is none; shape (C,) each."""
+    def neighbours(self) -> Ints:
+        """Places of each column's neighbours among the coded ones; C where there is none; shape (4, C)."""
         n = len(self.live_C)
         place = np.full(self.n_all + 1, n)
         place[self.live_C] = np.arange(n)
-        above, left = self.grid.above_left(self.n_all)
-        return place[above[self.live_C]], place[left[self.live_C]]
+        return place[self.grid.neighbours(self.n_all)[:, self.live_C]]
 
     @cached_property
     def group_C(self) -> Ints:
@@ -140,10 +143,10 @@ class Columns:
         return self.grid.size > 1
 
     def near(self, matrix_RC: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The sum of both neighbours of each number, in its own type; shape (R, C)."""
+        """The sum of the neighbours of each number, those beside it twice, in its own type; shape (R, C)."""
         padded = np.concatenate([matrix_RC, np.zeros((len(matrix_RC), 1), matrix_RC.dtype)], axis=1)
-        above, left = self.neighbours
-        return padded[:, above] + padded[:, left]
+        left, above, above_left, above_right = self.neighbours
+        return 2 * (padded[:, left] + padded[:, above]) + padded[:, above_left] + padded[:, above_right]
 
 
 class Zeros:
@@ -158,8 +161,8 @@ class Zeros:
         self._columns, self._prior = columns, prior
         self._seen_C = np.zeros(len(columns.live_C), np.int64)
         self._expected = 0
-        self._joint_seen = np.zeros(3, np.int64)
-        self._joint_expected = np.zeros(3, np.int64)
+        self._joint_seen = np.zeros(N_NEAR, np.int64)
+        self._joint_expected = np.zeros(N_NEAR, np.int64)
 
     def matrix(self, flags_RC: Flags, chances_R: Ints) -> npt.NDArray[np.int64]:
         """The chance of each flag, given all rows before it and its neighbours in its own row.
@@ -185,15 +188,15 @@ class Zeros:
         if not self._columns.joint:
             return plain_RC
         near_RC = self._columns.near(flags_RC.astype(np.int8))
-        ratio_R3 = np.empty((len(flags_RC), 3))
-        for k in range(3):
+        ratio_RN = np.empty((len(flags_RC), N_NEAR))
+        for k in range(N_NEAR):
             here_RC = near_RC == k
             seen_R = np.cumsum((here_RC & flags_RC).sum(axis=1)) + self._joint_seen[k]
             hoped_R = np.cumsum(np.where(here_RC, plain_RC, 0).sum(axis=1)) + self._joint_expected[k]
             before = np.concatenate([[self._joint_seen[k]], seen_R[:-1]])
-            ratio_R3[:, k] = _ratio(before, np.concatenate([[self._joint_expected[k]], hoped_R[:-1]]), _JOINT_PRIOR)
+            ratio_RN[:, k] = _ratio(before, np.concatenate([[self._joint_expected[k]], hoped_R[:-1]]), _JOINT_PRIOR)
             self._joint_seen[k], self._joint_expected[k] = seen_R[-1], hoped_R[-1]
-        return _chances(odds_RC * np.take_along_axis(ratio_R3, near_RC.astype(np.int64), axis=1))
+        return _chances(odds_RC * np.take_along_axis(ratio_RN, near_RC.astype(np.int64), axis=1))
 
     def row(self, chance: int) -> list[Ints]:
         """The chances of the next row, of shape (C,): one array, or three, by how many neighbours are not zero."""
@@ -212,7 +215,7 @@ class Zeros:
         if self._columns.joint:
             near_C = self._columns.near(flags_C.astype(np.int8)[None])[0]
             plain_C = _chances(self._odds_C)
-            for k in range(3):
+            for k in range(N_NEAR):
                 here_C = near_C == k
                 self._joint_seen[k] += (here_C & flags_C).sum()
                 self._joint_expected[k] += plain_C[here_C].sum()
