@@ -399,9 +399,16 @@ def run(
     seconds = time.process_time() - start
     accuracy = bed.accuracy(state.plain())
     return {
-        "bed": bed.name, "gamma": gamma, "size": size, "steps": total, "batch": bed.schedule.batch, "seed": seed, "accuracy": round(accuracy, 3),
-        **sizes, "seconds": round(seconds, 1),
-    }  # fmt: skip
+        "bed": bed.name,
+        "gamma": gamma,
+        "size": size,
+        "steps": total,
+        "batch": bed.schedule.batch,
+        "seed": seed,
+        "accuracy": round(accuracy, 3),
+        **sizes,
+        "seconds": round(seconds, 1),
+    }
 
 
 def batched(bed: Bed, batch: int) -> Bed:
