@@ -16,6 +16,7 @@ from weightfold.artifact.zeros import Columns, Zeros, class_chances
 
 Codes = npt.NDArray[Any]
 _CHUNK = 1 << 17
+_BALANCE = 4
 _NEAR = np.array([0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 6])
 """Class of a magnitude's neighbours, by the sum of theirs."""
 
@@ -46,28 +47,42 @@ def read_zeros(decoder: Decoder, n_rows: int, columns: Columns, prior: float) ->
 
 
 def write_signs(coder: Coder, codes_LC: Codes, columns: Columns) -> None:
-    """Code the signs of all codes that are not zero: whether each is that of its neighbours' sum, if this has one."""
-    signs_LC = np.sign(codes_LC).astype(np.int8)
+    """Code the signs of all codes that are not zero: whether each is that of a sum of others, unless this is 0.
+
+    The others are the neighbours, or, where there are none, the codes of its column and its row so far.
+    """
+    signs_LC = np.sign(codes_LC).astype(np.int64)
     here = signs_LC != 0
-    near_N = columns.near(signs_LC)[here] if columns.joint else np.zeros(np.count_nonzero(here), np.int8)
+    near_LC = columns.near(signs_LC) if columns.joint else _balance(signs_LC)
+    near_N = near_LC[here]
     decisions_N = (signs_LC[here] > 0) ^ (near_N < 0)
-    Contexts().code(coder, np.abs(near_N).astype(np.int64), decisions_N)
+    Contexts().code(coder, np.abs(near_N), decisions_N)
+
+
+def _balance(signs_LC: Ints) -> Ints:
+    """Of each sign, the sum of those above it and that of those before it in its row, within -4 and 4 each."""
+    above_LC = np.cumsum(signs_LC, axis=0) - signs_LC
+    before_LC = np.cumsum(signs_LC, axis=1) - signs_LC
+    return np.clip(above_LC, -_BALANCE, _BALANCE) + np.clip(before_LC, -_BALANCE, _BALANCE)
 
 
 def read_signs(decoder: Decoder, flags_LC: Flags, columns: Columns) -> npt.NDArray[np.int16]:
+    """Read back the signs, 0 where a flag says so; shape (L, C)."""
     signs_LC = flags_LC.astype(np.int16)
-    if not columns.joint:
-        signs_LC[flags_LC] = 2 * np.array(decoder.flags([HALF] * np.count_nonzero(flags_LC)), np.int16) - 1
-        return signs_LC
     left, above, above_left, above_right = columns.neighbours.tolist()
-    contexts = Contexts()
+    contexts, totals = Contexts(), [0] * len(left)
     for row, flags_C in enumerate(flags_LC):
-        signs = [0] * (len(above) + 1)
+        signs, before = [0] * (len(left) + 1), 0
         for place in np.flatnonzero(flags_C).tolist():
-            near = 2 * (signs[left[place]] + signs[above[place]])
-            near += signs[above_left[place]] + signs[above_right[place]]
+            if columns.joint:
+                near = 2 * (signs[left[place]] + signs[above[place]])
+                near += signs[above_left[place]] + signs[above_right[place]]
+            else:
+                near = max(-_BALANCE, min(_BALANCE, totals[place])) + max(-_BALANCE, min(_BALANCE, before))
             same = decoder.learn(contexts.of(abs(near))) if near else decoder.flag(HALF)
             signs[place] = 1 if same ^ (near < 0) else -1
+            totals[place] += signs[place]
+            before += signs[place]
         signs_LC[row] = signs[:-1]
     return signs_LC
 
@@ -78,11 +93,22 @@ def write_sizes(coder: Coder, codes_LC: Codes, rows: Rows, columns: Columns) -> 
     here = (codes_LC != 0) & (wide_LC > 2)
     sizes_LC = np.abs(codes_LC.astype(np.int64))
     base_N = wide_LC[here] << 8
-    if columns.joint:
-        base_N |= _NEAR[np.minimum(columns.near(sizes_LC)[here], len(_NEAR) - 1)] << 13
+    base_N |= (_near_class(sizes_LC, columns) if columns.joint else _column_class(sizes_LC))[here] << 13
     sizes_N, contexts = sizes_LC[here], Contexts()
     for at in range(0, len(sizes_N), _CHUNK):
         contexts.code(coder, *_size_decisions(sizes_N[at : at + _CHUNK], base_N[at : at + _CHUNK]))
+
+
+def _near_class(sizes_LC: Ints, columns: Columns) -> Ints:
+    return _NEAR[np.minimum(columns.near(sizes_LC), len(_NEAR) - 1)]
+
+
+def _column_class(sizes_LC: Ints) -> Ints:
+    """How large the magnitudes above each are, on the average: 0 if there are none, else 1 to 7."""
+    flags_LC = (sizes_LC > 0).astype(np.int64)
+    seen_LC = np.cumsum(flags_LC, axis=0) - flags_LC
+    beyond_LC = np.cumsum(sizes_LC, axis=0) - sizes_LC - seen_LC
+    return np.where(seen_LC > 0, 1 + np.minimum(4 * beyond_LC // np.maximum(seen_LC, 1), 6), 0)
 
 
 def _size_decisions(sizes_N: Ints, base_N: Ints) -> tuple[Ints, Flags]:
@@ -116,17 +142,20 @@ def read_sizes(decoder: Decoder, flags_LC: Flags, rows: Rows, columns: Columns) 
     sizes_LC = flags_LC.astype(np.int16)
     contexts, near = Contexts(), _NEAR.tolist()
     left, above, above_left, above_right = columns.neighbours.tolist()
+    seen, beyond = [0] * len(left), [0] * len(left)
     for row, bits in enumerate(rows.bits_L.tolist()):
-        if bits == 2:
-            continue
         sizes = [*sizes_LC[row].tolist(), 0]
         for place in np.flatnonzero(flags_LC[row]).tolist():
-            context = 0
-            if columns.joint:
-                sum_near = 2 * (sizes[left[place]] + sizes[above[place]])
-                sum_near += sizes[above_left[place]] + sizes[above_right[place]]
-                context = near[min(sum_near, len(near) - 1)]
-            sizes[place] = _read_size(decoder, contexts, bits, context << 13)
+            if bits > 2:
+                if columns.joint:
+                    total = 2 * (sizes[left[place]] + sizes[above[place]])
+                    total += sizes[above_left[place]] + sizes[above_right[place]]
+                    context = near[min(total, len(near) - 1)]
+                else:
+                    context = 1 + min(4 * beyond[place] // seen[place], 6) if seen[place] else 0
+                sizes[place] = _read_size(decoder, contexts, bits, context << 13)
+            seen[place] += 1
+            beyond[place] += sizes[place] - 1
         sizes_LC[row] = sizes[:-1]
     return sizes_LC
 

@@ -98,7 +98,8 @@ def coded_bits(tensor: CodedTensor) -> float:
     """What the entropy-coded tensor takes, in bits, without coding it.
 
     Example:
-        >>> tensor = CodedTensor(np.diag([1, -1] * 32).astype(np.int16), np.zeros(64, np.int16))
+        >>> codes = np.random.default_rng(0).integers(-3, 4, (20, 30)).astype(np.int16)
+        >>> tensor = CodedTensor(codes, np.zeros(20, np.int16))
         >>> abs(coded_bits(tensor) / 8 + 1 - len(encode(tensor))) < 2
         True
     """

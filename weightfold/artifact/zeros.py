@@ -28,7 +28,7 @@ N_CLASSES = 26
 PRIORS = (0.5, 2.0, 8.0, 64.0)
 """How many codes the expectation weighs against what a column shows."""
 _GROUP_PRIOR = 4.0
-_JOINT_PRIOR = 8.0
+_JOINT_PRIOR = 2.0
 N_NEAR = 7
 """Values of the sum of a flag's neighbours: two count twice, two once."""
 _BLOCK = 1 << 18
