@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -29,8 +29,7 @@ from weightfold.errors import ConfigError, EditError, WeightfoldError
 from weightfold.fingerprint import digest, fingerprint
 from weightfold.gate import Batch, Loss, Reading, check_enough, check_probe, compare, losses
 from weightfold.graph import optim
-from weightfold.graph.apply import Companion, Undo, find_tensor
-from weightfold.graph.edit import Edit
+from weightfold.graph.apply import Companion, find_tensor
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import Example, trace
@@ -39,33 +38,8 @@ from weightfold.ledger import Ledger
 from weightfold.methods.base import Method, Moment, Proposal, Refused
 from weightfold.ranks import Ranks, check_whole, rewrapped, uncompiled, unwrapped
 from weightfold.size import macs, parameters
-from weightfold.surgeon import Surgeon, check_finite, check_shapes, fits
-from weightfold.watching import Updates, Watcher
-
-
-@dataclass(frozen=True, eq=False)
-class _Watch:
-    """An event that still has to prove itself.
-
-    Args:
-        due: step of the second look.
-        before: probe losses before the event.
-        n_edits: edits that the event consists of, the latest of those applied.
-    """
-
-    due: int
-    before: tuple[float, ...]
-    n_edits: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """An edit of a proposal that was applied and is not yet kept."""
-
-    proposal: Proposal
-    edit: Edit
-    graph: ChannelGraph
-    undo: Undo
+from weightfold.surgeon import Surgeon, Trial, check_finite, check_shapes, fits
+from weightfold.watching import Updates, Watch, Watcher
 
 
 class Compressor:
@@ -127,7 +101,7 @@ class Compressor:
         self._step = 0
         self._surgeon: Surgeon | None = None
         self._watcher = Watcher(model)
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._updates = Updates(self.model)
 
     @property
@@ -214,6 +188,7 @@ class Compressor:
         """Call once after every optimiser step. Most of the time nothing happens."""
         self._step += 1
         self._updates.step = self._step
+        self._update_methods()
         events: list[Event] = []
         if self._may_act():
             self._watcher.rest()
@@ -221,6 +196,18 @@ class Compressor:
             self.events += events
         self._observe()
         return events
+
+    def _update_methods(self) -> None:
+        """Let methods train what they hold beside the network; new holdings take part in edits from now on."""
+        for method in self.methods:
+            if method.updates(self._step, self.total_steps):
+                method.update(self._moment())
+                self._follow(method)
+
+    def _follow(self, method: Method) -> None:
+        followers = method.followers()
+        if followers.keys() - self.graph.followers:
+            self._hands.follow(followers, method.optimizers())
 
     def _may_act(self) -> bool:
         due = self._watch is not None and self._step >= self._watch.due
@@ -289,6 +276,9 @@ class Compressor:
             self.events += self._decided(lambda: self._look_back(last=True))
         self._watcher.rest()
         self._updates.rest()
+        for method in self.methods:
+            method.convert(self._moment())
+        self._hands.unfollow()
         self._record(
             "convert",
             {"fingerprint": fingerprint(self.model), "parameters": parameters(self.model)},
@@ -335,6 +325,7 @@ class Compressor:
             frozenset(self.frozen),
             self._watcher.autocast,
             self._record,
+            self._ranks,
         )
 
     def _run_methods(self) -> list[Event]:
@@ -398,7 +389,7 @@ class Compressor:
         if n_edits:
             self._hands.forget(n_edits)
         if n_edits and steps and before:
-            self._watch = _Watch(self._step + steps, tuple(before), n_edits)
+            self._watch = Watch(self._step + steps, tuple(before), n_edits)
         return events
 
     def _together(self, method: Method, proposals: Sequence[Proposal], before: list[float]) -> list[Event]:
@@ -439,16 +430,16 @@ class Compressor:
         )
         return Event.of(self._step, proposal, reading, attempts[-1]["reason"], time.perf_counter() - started)
 
-    def _attempt(self, proposals: Sequence[Proposal], before: list[float]) -> tuple[Reading | None, list[_Trial], str]:
+    def _attempt(self, proposals: Sequence[Proposal], before: list[float]) -> tuple[Reading | None, list[Trial], str]:
         """Apply proposals and measure; everything is as it was where the reason is not empty."""
-        done: list[_Trial] = []
+        done: list[Trial] = []
         graph = self.graph
         try:
             with self._timed("surgery"):
                 for proposal in proposals:
                     for edit in proposal.edits:
                         graph, undo = self._hands.attempt(edit, graph)
-                        done.append(_Trial(proposal, edit, graph, undo))
+                        done.append(Trial(proposal, edit, graph, undo))
             if not before:
                 return None, done, ""
             reading = compare(before, self._losses())
@@ -469,7 +460,7 @@ class Compressor:
             return ""
         return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
 
-    def _keep(self, method: Method, trial: _Trial, attempts: list[dict[str, Any]], seconds: float) -> None:
+    def _keep(self, method: Method, trial: Trial, attempts: list[dict[str, Any]], seconds: float) -> None:
         """Take an accepted edit into the record."""
         proposal, edit, undo = trial.proposal, trial.edit, trial.undo
         group = self.graph[edit.group]
@@ -477,8 +468,8 @@ class Compressor:
         self._hands.keep(edit, trial.graph, undo)
         if self.ledger is None:
             return
-        blob = self.ledger.put_blob(undo_bytes(undo)) if self.keep_undo else None
-        names = list(dict.fromkeys(a.tensor for a in group.axes))
+        blob = self.ledger.put_blob(undo_bytes(undo, self.graph.followers)) if self.keep_undo else None
+        names = list(dict.fromkeys(a.tensor for a in group.axes if a.tensor not in self.graph.followers))
         rates = [g["lr"] for o in self._hands.optimizers for g in o.param_groups if isinstance(g["lr"], float)]
         body = {
             "method": method.name,
@@ -581,10 +572,13 @@ class Compressor:
         self._watcher.load_state(self.graph, state["statistics"])
         for method, value in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(value)
+            method.take_up(self._moment())
+            self._follow(method)
+        self._hands.load_undo(state)
         self.events = [Event.from_state(event) for event in state["events"]]
         self.frozen = set(state["frozen"])
         if state["watch"] is not None:
-            self._watch = _Watch(int(state["watch"][0]), tuple(state["watch"][1]), len(state["undo"]))
+            self._watch = Watch(int(state["watch"][0]), tuple(state["watch"][1]), len(state["undo"]))
         self._wrap_anew()
         self._observe()
 

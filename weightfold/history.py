@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ class Origin:
     def follow(self, group: ChannelGroup, edit: Edit) -> None:
         """Take an edit into account."""
         for axis in group.axes:
-            if axis.slabs == 1:
+            if axis.slabs == 1 and axis.key in self._of:
                 self._of[axis.key] = self._of[axis.key][layout(group, axis, edit).source]
 
     def members(self, group: ChannelGroup, edit: Edit) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Origin:
             "numbering": f"{axis.tensor}[{axis.dim}]",
             "kept": number[kept].tolist(),
             "removed": number[gone].tolist(),
-            "members": [[a.tensor, a.dim, a.role] for a in group.axes],
+            "members": [[a.tensor, a.dim, a.role] for a in group.axes if a.key in self._of],
         }
 
 
@@ -160,12 +160,17 @@ def in_words(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def undo_bytes(undo: Undo) -> bytes:
-    """What an edit replaced in the model, as one safetensors blob: "tensor:NAME", and optimisers' "state:NAME:KEY"."""
+def undo_bytes(undo: Undo, followers: Collection[str] = ()) -> bytes:
+    """What an edit replaced in the model, as one safetensors blob: "tensor:NAME", and optimisers' "state:NAME:KEY".
+
+    Args:
+        followers: tensors that stand beside the model, left out.
+    """
     model, replaced = undo.by_module()[0]
-    tensors = {f"tensor:{name}": old.detach().cpu().contiguous() for name, old in replaced.items()}
+    own = {name: old for name, old in replaced.items() if name not in followers}
+    tensors = {f"tensor:{name}": old.detach().cpu().contiguous() for name, old in own.items()}
     for _, owner, name, state in undo.optimizer:
         for key, value in state.items():
-            if isinstance(value, Tensor) and owner is model:
+            if isinstance(value, Tensor) and owner is model and name in own:
                 tensors[f"state:{name}:{key}"] = value.detach().cpu().contiguous()
     return save(tensors)

@@ -15,10 +15,12 @@ from weightfold.errors import EditError
 from weightfold.graph import optim
 from weightfold.graph.apply import Companion, Undo, apply, find_tensor
 from weightfold.graph.edit import Edit
+from weightfold.graph.followers import with_followers, without_followers
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.sizes import sync_sizes
 from weightfold.graph.unfold import unfold_undo
 from weightfold.history import Origin
+from weightfold.methods.base import Proposal
 from weightfold.ranks import unwrapped
 
 
@@ -37,6 +39,16 @@ class Applied:
     undo: Undo | None
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """An edit of a proposal that was applied and is not yet kept."""
+
+    proposal: Proposal
+    edit: Edit
+    graph: ChannelGraph
+    undo: Undo
+
+
 class Surgeon:
     """Applies edits to a network in training, counts them, and takes them back.
 
@@ -46,6 +58,7 @@ class Surgeon:
 
     Attributes:
         applied: the edits in the network, in order.
+        own: optimisers of what methods hold beside the network; their state follows every edit too.
         journal: what was done since it was last emptied: edits, and numbers of edits that were unfolded.
         touched: whether any tensor was changed since it was last lowered, also where all was put back.
     """
@@ -55,6 +68,7 @@ class Surgeon:
         self.graph = graph
         self.origin = Origin(graph)
         self.optimizers: tuple[Optimizer, ...] = ()
+        self.own: tuple[Optimizer, ...] = ()
         self.averaged: tuple[Companion, ...] = ()
         self.applied: list[Applied] = []
         self.journal: list[Edit | int] = []
@@ -72,10 +86,22 @@ class Surgeon:
             if isinstance(companion, nn.Module):
                 check_shapes(companion, self.graph, "The averaged copy is of another network.")
 
+    def follow(self, followers: Mapping[str, str], own: Iterable[Optimizer]) -> None:
+        """Let tensors that a method holds beside the network take part in every edit; see `with_followers`."""
+        self.own = tuple(dict.fromkeys((*self.own, *own)))
+        self.graph = with_followers(self.graph, followers)
+        for applied in self.applied:
+            applied.graph = with_followers(applied.graph, followers)
+
+    def unfollow(self) -> None:
+        """The methods hold nothing any more."""
+        self.own, self.graph = (), without_followers(self.graph)
+        self.forget(0)
+
     def attempt(self, edit: Edit, graph: ChannelGraph | None = None) -> tuple[ChannelGraph, Undo]:
         """Apply an edit without counting it yet; ``graph`` if other attempts came before."""
         self.touched = True
-        return apply(self.model, graph or self.graph, edit, self.optimizers, self.averaged)
+        return apply(self.model, graph or self.graph, edit, (*self.optimizers, *self.own), self.averaged)
 
     def keep(self, edit: Edit, graph: ChannelGraph, undo: Undo) -> None:
         """Count an attempted edit as part of the network."""
@@ -121,7 +147,7 @@ class Surgeon:
             last = self.applied.pop()
             assert last.undo is not None
             self._forget_newer_state(last.undo)
-            unfold_undo(last.graph, last.edit, last.undo, self.optimizers)
+            unfold_undo(last.graph, last.edit, last.undo, (*self.optimizers, *self.own))
             self.graph, self.origin = last.graph, last.origin
             edits.append(last.edit)
         self.journal.append(n_edits)
@@ -131,7 +157,7 @@ class Surgeon:
         """Where optimisers had no state at the edit, what they have gathered since does not fit what comes back."""
         model, tensors = undo.by_module()[0]
         if model is self.model and not undo.optimizer:
-            for optimizer in self.optimizers:
+            for optimizer in (*self.optimizers, *self.own):
                 for name in tensors:
                     optimizer.state.pop(find_tensor(model, name)[2], None)
 
@@ -156,7 +182,7 @@ class Surgeon:
             "edits": [applied.edit.to_record(put) for applied in self.applied],
             "maps": maps,
             "undo": [a.undo.to_state(self.averaged) for a in watched if a.undo is not None],
-            "shapes": {name: list(shape) for name, shape in self.graph.shapes.items()},
+            "shapes": {name: list(shape) for name, shape in without_followers(self.graph).shapes.items()},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -170,10 +196,13 @@ class Surgeon:
         maps = state["maps"]
         self.obey([Edit.from_record(record, lambda key: maps[key].numpy().tobytes()) for record in state["edits"]])
         self._check_shapes(state["shapes"])
+
+    def load_undo(self, state: Mapping[str, Any]) -> None:
+        """Take up what the watched edits replaced, once all that they reached is there again."""
         undos = state["undo"]
         self.forget(0)
         for applied, undo in zip(self.applied[len(self.applied) - len(undos) :], undos, strict=True):
-            applied.undo = Undo.from_state(undo, self.model, self.optimizers, self.averaged)
+            applied.undo = Undo.from_state(undo, self.model, (*self.optimizers, *self.own), self.averaged)
 
     def _check_shapes(self, expected: Mapping[str, Any]) -> None:
         found = {name: list(shape) for name, shape in self.graph.shapes.items()}

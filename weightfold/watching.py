@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ Statistics = dict[Key, SecondMoment]
 
 STALE = 2
 """Steps without one of a known optimiser after which, where the weights move all the same, it counts as swapped."""
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """An event that still has to prove itself.
+
+    Args:
+        due: step of the second look.
+        before: probe losses before the event.
+        n_edits: edits that the event consists of, the latest of those applied.
+    """
+
+    due: int
+    before: tuple[float, ...]
+    n_edits: int
 
 
 class Updates:

@@ -107,7 +107,8 @@ def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
     path, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(path)
-        return owner, leaf, getattr(owner, leaf)
+        own = owner._parameters.get(leaf)
+        return owner, leaf, getattr(owner, leaf) if own is None else own
     except AttributeError as error:
         raise EditError(
             f"The model has no tensor '{name}' any more.", remedy="It changed after it was traced: trace it again."
@@ -238,13 +239,14 @@ def apply(
     group = graph[edit.group]
     check(model, group, edit)
     flush_caches(model)
-    optim.assert_live(model, optimizers)
+    beside = [find_tensor(model, name)[2] for name in graph.followers]
+    optim.assert_live(model, optimizers, beside)
     new_graph = after(graph, edit)
     undo = Undo()
     try:
         for target in [model, *companions]:
             _apply_to(target, graph, group, edit, optimizers if target is model else (), undo)
-        optim.assert_live(model, optimizers)
+        optim.assert_live(model, optimizers, beside)
     except BaseException:
         undo.restore()
         raise
@@ -265,6 +267,7 @@ def _apply_to(
         return
     module = _inside(target)
     assert isinstance(module, nn.Module)
+    names = [name for name in names if name not in graph.followers or _tensor_or_none(module, name) is not None]
     values = changed_biases(lambda name: _tensor_or_none(module, name), group, edit)
     found = {name: find_tensor(module, name) for name in {**dict.fromkeys(names), **values}}
     values |= {name: new_value(values.get(name, found[name][2]), group, edit, name) for name in names}

@@ -124,6 +124,9 @@ class Frozen:
 class ChannelGraph:
     """What of a model is a channel: its groups, what is frozen and why.
 
+    ``followers`` names tensors that methods hold beside the weights and that every edit reaches; averaged copies and
+    files do not hold them.
+
     Example:
         >>> import torch, weightfold as wf
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -138,6 +141,7 @@ class ChannelGraph:
     aliases: Mapping[str, str] = field(default_factory=dict)
     operators: tuple[str, ...] = ()
     constants: tuple[float, ...] = ()
+    followers: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)

@@ -140,15 +140,17 @@ def _new_state(
     return new
 
 
-def assert_live(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def assert_live(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], beside: Sequence[Tensor] = ()) -> None:
     """Every parameter that an optimiser holds is a live one, and its state has its shape.
 
+    Args:
+        beside: further live tensors, which methods hold beside the network's own.
     Raises:
         EditError: names what is dead or misshapen.
     """
     if not optimizers:
         return
-    live = {id(p): name for name, p in model.named_parameters()}
+    live = {id(p): name for name, p in model.named_parameters()} | {id(t): "a follower" for t in beside}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:

@@ -66,7 +66,7 @@ def unfold(
         for optimizer, state in states.get(name, []):
             optimizer.state[tensor] = state
     sync_sizes(model, narrow, Edit(group.name, "unfold", edit.n_after, torch.arange(group.n_channels)), names, [])
-    optim.assert_live(model, optimizers)
+    optim.assert_live(model, optimizers, [find_tensor(model, name)[2] for name in graph_before.followers])
 
 
 def unfold_undo(

@@ -16,6 +16,7 @@ from weightfold.errors import ConfigError, WeightfoldError
 from weightfold.gate import Batch, Loss
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
+from weightfold.ranks import Ranks
 
 if TYPE_CHECKING:
     from weightfold.graph.observe import SecondMoment
@@ -40,6 +41,7 @@ class Moment:
         frozen: groups that an undone event has closed.
         autocast: the mixed precision that training uses.
         record: write a fact into the ledger: kind, body (hashed: what would be the same in a second run), aside.
+        ranks: the processes that train this network.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Moment:
     frozen: Collection[str] = ()
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     record: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda *_: None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +148,31 @@ class Method:
     def step(self, moment: Moment) -> list[Proposal]:
         """Edits to try now; most of the time none."""
         return []
+
+    # what a method holds beside the network -----------------------------------------------------------------------
+
+    def updates(self, step: int, total_steps: int) -> bool:
+        """Whether `update` is to be called after this step; the same on every rank of a distributed run."""
+        return False
+
+    def update(self, moment: Moment) -> None:
+        """After an optimiser step, on every rank: train what the method holds beside the network."""
+
+    def followers(self) -> Mapping[str, str]:
+        """Tensors beside the network that follow the rows of others in every edit: follower -> tensor, by name."""
+        return {}
+
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """Those that train the followers."""
+        return ()
+
+    def convert(self, moment: Moment) -> None:
+        """At the end: leave a plain network, and take everything off that was put beside it."""
+
+    # restarts -----------------------------------------------------------------------------------------------------
+
+    def take_up(self, moment: Moment) -> None:
+        """After `load_state_dict`, on a network of the interrupted run's structure: put everything beside it again."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the method needs to go on after a restart, as plain data and tensors."""

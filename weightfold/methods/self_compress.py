@@ -1,0 +1,472 @@
+"""Self-compression: one loss learns how many bits each channel is worth, and which are worth none, while it trains.
+
+    L = L_task + λ · bits of the file
+
+Weights run as whole numbers times a step (`weightfold.quant.fake`); a step and a bit width for each output channel are
+learned with them. What a weight costs is what the file's own coder takes for it (`weightfold.quant.rate`): little in a
+busy row and column, much where it would be alone. So weights go to zero, then rows and columns, and a channel that is
+silent or that nobody reads is cut out of the network, with its optimiser state, while training goes on.
+
+λ need not be chosen: a controller raises and lowers it so that the file meets a target in bytes, or so that accuracy
+on the probe stays within a bound.
+
+Cost: O(N) elementwise work a step, about as much as the optimiser's; less as the network shrinks.
+Reference: Cséfalvay & Imber, arXiv 2301.13142; differs in: whole bits and a symmetric grid in the forward pass, the
+price of the real coder in place of eq. 4 and 5, a controller in place of a sweep over λ, removal with folded constants,
+gradients that reach clipped weights, so that what was dropped may come back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from weightfold.artifact.matrix import coded_bits
+from weightfold.config import Config
+from weightfold.errors import ConfigError
+from weightfold.gate import call, losses, probing
+from weightfold.graph.edit import Edit, remove
+from weightfold.graph.group import ChannelGroup
+from weightfold.methods.base import Method, Moment, Proposal
+from weightfold.quant.attached import detach
+from weightfold.quant.budget import Budget, Caution, Ramp, target_bytes
+from weightfold.quant.codes import CodedModel, coded_model, coded_tensor, is_bias, quantisable, trim
+from weightfold.quant.dead import Dead, dead_channels, observe_spans
+from weightfold.quant.fake import start
+from weightfold.quant.learner import Learner
+from weightfold.size import file_bytes, unique_state
+
+HEADER_BYTES = 200
+"""About what a file takes besides its tensors."""
+PULL_BITS = 64
+"""What a unit of a constant that stands in the way of a removal costs, in bits."""
+MAX_TRIMS = 20
+
+
+class SelfCompressConfig(Config):
+    """Settings of `self_compress`."""
+
+    target: str | int | None = None
+    """size of the file: "48 kB", "1.5%" of the float file, or a number of bytes; λ is found by itself"""
+    max_accuracy_loss: float | None = Field(default=None, gt=0, le=100)
+    """instead: how many points of accuracy on the probe the run may fall behind its own best, 0 to 100"""
+    strength: float = Field(default=1e-6, gt=0)
+    """without either: λ, what a bit of the file costs in the loss, in nats"""
+    at: float = Field(default=0.1, ge=0, lt=1)
+    """when quantisation begins, as a share of the steps"""
+    reach: float = Field(default=0.65, gt=0, le=1)
+    """when the target is to be met (without one: when λ has grown to its full size), as a share of the steps"""
+    resolution: float = Field(default=0.5, gt=0, le=10)
+    """first step of each tensor, in standard deviations of its weights"""
+    step_lr: float = Field(default=3e-3, gt=0)
+    """learning rate of steps, in octaves; falls with the optimiser's own"""
+    bits_lr: float = Field(default=5e-3, ge=0)
+    """learning rate of bit widths, in bits, for a row of average cost; 0 keeps the grids as wide as they begin"""
+    bias_bits: int = Field(default=8, ge=2, le=16)
+    """bits of biases, on one grid for each vector"""
+    refresh: int = Field(default=25, ge=1)
+    """steps between two countings of the codes, by which prices are made"""
+    check: float = Field(default=0.02, gt=0, le=1)
+    """how often dead channels are looked for and the file is measured, as a share of the steps"""
+    dwell: int = Field(default=2, ge=1)
+    """looks in a row at which a channel must be dead before it is cut"""
+    remove: bool = True
+    """whether dead channels are cut out of the network; otherwise their codes are zero"""
+    tensors: str | None = None
+    """pattern of the names of tensors to compress, such as "layer?.*"; all matrices and kernels by default"""
+    pareto: int = Field(default=0, ge=0)
+    """how many networks to keep of those on the front of size against probe loss; 0: none"""
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> SelfCompressConfig:
+        if self.target is not None and self.max_accuracy_loss is not None:
+            raise ValueError("a target and max_accuracy_loss exclude each other: give one")
+        if self.reach <= self.at:
+            raise ValueError(f"reach ({self.reach:g}) must lie after at ({self.at:g})")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A network of the front of size against loss.
+
+    Args:
+        n_bytes: of its file.
+        loss: on the probe.
+        step: of the run.
+        network: plain, with exactly the file's values.
+        tensors: of the file.
+    """
+
+    n_bytes: float
+    loss: float
+    step: int
+    network: nn.Module
+    tensors: CodedModel
+
+
+class SelfCompress(Method):
+    """Learns bits and channels in training, down to a size or as far as accuracy allows.
+
+    Attributes:
+        history: one record for each look: step, bytes of the file, λ; by tensor: bits, rows and weights that live.
+        front: networks kept on the way, the smallest first.
+        result: tensors of the file, once converted.
+
+    Example:
+        >>> import weightfold as wf
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> method = SelfCompress(target="300 B")
+        >>> c = wf.Compressor(net, torch.zeros(1, 8), [method], total_steps=100)
+        >>> _ = c.prepare(torch.optim.Adam(net.parameters()))
+    """
+
+    name: ClassVar[str] = "self_compress"
+    Config: ClassVar[type[Config]] = SelfCompressConfig
+
+    def __init__(self, config: Config | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        self.history: list[dict[str, Any]] = []
+        self.front: list[Point] = []
+        self.result: CodedModel | None = None
+        self.refused: dict[str, str] = {}
+        self._names: list[str] = []
+        self._learner: Learner | None = None
+        self._aim: Ramp | Budget | Caution = Ramp(self.config.strength, self.config.at, self.config.reach)
+        self._stuck: dict[str, Tensor] = {}
+        self._dwelt: dict[str, Tensor] = {}
+        self._size, self._ratio, self._peak_lr = math.nan, 1.0, 0.0
+        self._n_trimmed = 0
+        self._loaded: Mapping[str, Any] | None = None
+
+    # before the first batch -----------------------------------------------------------------------------------------
+
+    def prepare(self, moment: Moment) -> None:
+        """Find what can be compressed.
+
+        Raises:
+            ConfigError: nothing can, a tensor is quantised already, or the target is below the smallest file.
+        """
+        config = self.config
+        self._names, self.refused = quantisable(moment.model, config.tensors)
+        if not self._names:
+            why = "; ".join(f"'{n}': {r}" for n, r in list(self.refused.items())[:3])
+            raise ConfigError(f"No parameter can be compressed{': ' + why if why else ''}.")
+        if moment.total_steps == 0:
+            raise ConfigError(
+                "Self-compression learns in training, and cannot be done at once.", remedy="Pass total_steps."
+            )
+        if config.max_accuracy_loss is not None:
+            if not moment.probe:
+                raise ConfigError("max_accuracy_loss needs a probe to measure by.", remedy="Pass probe= and loss=.")
+            expected_accuracy(moment)
+            self._aim = Caution(config.max_accuracy_loss)
+        if config.target is not None:
+            target = target_bytes(config.target, file_bytes(unique_state(moment.model)))
+            least = self._other_bytes(moment.model) + 2 * len(self._names)
+            if target < least:
+                raise ConfigError(
+                    f"A file of {target:,} bytes is not possible: without any weight it still takes about {least:,}.",
+                    remedy="Ask for more, or make the network itself smaller.",
+                )
+            self._aim = Budget(target, config.at, config.reach)
+
+    def _other_bytes(self, model: nn.Module) -> int:
+        """Bytes of all that has no bits of its own to learn: header, biases, norms and buffers."""
+        total = HEADER_BYTES
+        for name, value in unique_state(model).items():
+            if name in self._names:
+                continue
+            wide = 2 if value.is_floating_point() else value.element_size()
+            total += value.numel() * self.config.bias_bits // 8 if is_bias(name, value) else value.numel() * wide
+        return total
+
+    # in training ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, total_steps: int) -> int:
+        return max(1, round(self.config.at * total_steps))
+
+    def _due(self, step: int, total_steps: int) -> bool:
+        return step % max(1, round(self.config.check * total_steps)) == 0 or step == total_steps
+
+    def updates(self, step: int, total_steps: int) -> bool:
+        return total_steps > 0 and step >= self._begin(total_steps)
+
+    def acts(self, step: int, total_steps: int) -> bool:
+        return self.config.remove and step > self._begin(total_steps) and self._due(step, total_steps)
+
+    def followers(self) -> Mapping[str, str]:
+        return {} if self._learner is None else self._learner.followers()
+
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return () if self._learner is None else self._learner.optimizers
+
+    @property
+    def price(self) -> float:
+        """λ now: what a bit costs in the loss, in nats."""
+        return self._aim.price
+
+    def penalty(self) -> Tensor | None:
+        """λ times the bits of the file; its value is what the last count of the codes says."""
+        if self._learner is None:
+            return None
+        total = self._learner.penalty(self.price)
+        return total + (self.price * 8 * self._size - total.detach()) + self._pull(self._learner)
+
+    def _pull(self, learner: Learner) -> Tensor:
+        """Brings constants to zero that no reader can take over."""
+        named = dict(learner.model.named_parameters())
+        fits = [(named[n], mask) for n, mask in self._stuck.items() if mask.shape == named[n].shape]
+        parts = [self.price * PULL_BITS * bias[mask.to(bias.device)].abs().sum() for bias, mask in fits]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
+
+    def update(self, moment: Moment) -> None:
+        config = self.config
+        if self._learner is None:
+            named = dict(moment.model.named_parameters())
+            values = {n: start(named[n], named[n].shape[0], config.resolution) for n in self._names}
+            self._learner = Learner(moment.model, values, config.step_lr, config.bits_lr)
+            self._measure(self._learner, moment)
+            return
+        self._learner.learn(moment.ranks, self.price, self._pace(moment), moment.step)
+        share = moment.step / moment.total_steps
+        if self._due(moment.step, moment.total_steps):
+            self._measure(self._learner, moment)
+            self._look(moment)
+        elif moment.step % config.refresh == 0:
+            self._size = self._learner.count() * self._ratio / 8 + self._other_bytes(moment.model)
+        if isinstance(self._aim, Ramp):
+            self._aim.update(share)
+        elif isinstance(self._aim, Budget) and moment.step % config.refresh == 0:
+            self._aim.update(share, self._size)
+
+    def _pace(self, moment: Moment) -> float:
+        """The optimiser's learning rate as a share of its highest so far."""
+        rates = [float(g["lr"]) for o in moment.optimizers for g in o.param_groups]
+        self._peak_lr = max([self._peak_lr, *rates])
+        return max(rates) / self._peak_lr if self._peak_lr > 0 else 1.0
+
+    def _measure(self, learner: Learner, moment: Moment) -> None:
+        """Count what the file's own coder would take, and keep it on record."""
+        estimate, exact = learner.count(), 0.0
+        tensors: dict[str, dict[str, float]] = {}
+        for name, parameter, quantiser in learner.parameters():
+            tensor = coded_tensor(parameter, quantiser.exponent_R, quantiser.bits_R)
+            taken = coded_bits(tensor)
+            exact += taken
+            tensors[name] = {
+                "bits": float(tensor.bits_R.mean()),
+                "rows": int((tensor.bits_R > 0).sum()),
+                "weights": int((tensor.codes != 0).sum()),
+                "of": tensor.codes.size,
+                "bytes": taken / 8,
+            }
+        self._ratio = exact / max(estimate, 1.0)
+        self._size = exact / 8 + self._other_bytes(moment.model)
+        self.history.append({"step": moment.step, "bytes": self._size, "price": self.price, "tensors": tensors})
+
+    def _look(self, moment: Moment) -> None:
+        """Look at the probe, and for failures that make no noise."""
+        if isinstance(self._aim, Caution):
+            self._aim.update(float(moment.ranks.shared(expected_accuracy(moment) if moment.ranks.leads else 0.0)))
+        late = moment.step >= self.config.reach * moment.total_steps / 2
+        if self.config.pareto and late and moment.probe and moment.loss is not None and moment.ranks.leads:
+            found = losses(moment.model, moment.probe, moment.loss, moment.autocast)
+            self._keep_point(moment, sum(found) / len(found))
+        before = self.history[-2]["tensors"] if len(self.history) > 1 else {}
+        for name, found in self.history[-1]["tensors"].items():
+            if found["rows"] == 0 and before.get(name, {}).get("rows", 0) > 0:
+                text = f"Every weight of '{name}' has become zero: nothing passes that layer any more."
+                warnings.warn(f"{text} Ask for a larger file, or lower the strength.", stacklevel=2)
+                moment.record("warning", {"step": moment.step, "tensor": name, "what": text}, {})
+
+    def _keep_point(self, moment: Moment, loss: float) -> None:
+        """Keep the network of this moment if none that is kept is smaller and better."""
+        if not math.isfinite(loss) or any(p.n_bytes <= self._size and p.loss <= loss for p in self.front):
+            return
+        tensors, network = self._coded(moment.model), copy.deepcopy(moment.model)
+        detach(network)
+        tensors.load_into(network)
+        rest = [p for p in self.front if p.n_bytes < self._size or p.loss < loss]
+        front = sorted([*rest, Point(self._size, loss, moment.step, network, tensors)], key=lambda p: p.n_bytes)
+        while len(front) > self.config.pareto:
+            gaps = [math.log(larger.n_bytes / smaller.n_bytes) for smaller, larger in pairwise(front)]
+            front.pop(gaps.index(min(gaps)) + 1 if gaps else 0)
+        self.front = front
+
+    # what is cut ----------------------------------------------------------------------------------------------------
+
+    def step(self, moment: Moment) -> list[Proposal]:
+        """Propose to cut what has been dead for a while."""
+        if self._learner is None:
+            return []
+        last = moment.step == moment.total_steps
+        inputs = [x for x, _ in moment.probe[:2]] or [moment.example]
+        spans = observe_spans(moment.model, moment.graph, inputs)
+        live = {n: (q.codes(p) != 0).reshape(p.shape) for n, p, q in self._learner.parameters()}
+        found, dwelt = [], {}
+        self._stuck = {}
+        for group in moment.graph:
+            if "remove" not in group.admits or group.kind != "channels" or group.name in moment.frozen:
+                continue
+            dead = dead_channels(moment.model, moment.graph, group, live, spans)
+            self._hold(moment, group, dead)
+            before = self._dwelt.get(group.name)
+            if before is None or len(before) != group.n_channels:
+                before = torch.zeros(group.n_channels)
+            dwelt[group.name] = torch.where(dead.gone_C, before + 1, 0.0)
+            ripe_C = dead.gone_C if last else dwelt[group.name] >= self.config.dwell
+            proposal = self._proposal(group, dead, ripe_C, last)
+            if proposal is not None:
+                found.append(proposal)
+        self._dwelt = dwelt
+        return found
+
+    def _hold(self, moment: Moment, group: ChannelGroup, dead: Dead) -> None:
+        """Note the biases of silent channels whose constant has to come to zero first."""
+        for axis in group.axes if bool(dead.stuck_C.any()) else ():
+            shape, leaf = moment.graph.shapes[axis.tensor], axis.tensor.rpartition(".")[2]
+            if len(shape) == 1 and axis.role in ("write", "pointwise") and leaf.startswith("bias"):
+                mask = self._stuck.setdefault(axis.tensor, torch.zeros(shape[0], dtype=torch.bool))
+                at = axis.index[dead.stuck_C]
+                mask[at[at >= 0]] = True
+
+    def _proposal(self, group: ChannelGroup, dead: Dead, ripe_C: Tensor, last: bool) -> Proposal | None:
+        gone_C = _evenly(ripe_C, group.block)
+        if bool(gone_C.all()):
+            gone_C[_first_of_blocks(group)] = False
+        n = int(gone_C.sum())
+        if n == 0 or (n < max(1, group.n_channels // 16) and not last):
+            return None
+        shift = {key: torch.where(gone_C, value, 0.0) for key, value in dead.shift.items()}
+        cut = remove(group, (~gone_C).nonzero().flatten())
+        edit: Edit = replace(cut, shift={key: value for key, value in shift.items() if bool(value.any())})
+        why = {
+            "metric": "weights of a channel that are not zero",
+            "unit": "weights",
+            "value": 0,
+            "threshold": 0,
+            "unread": int((gone_C & dead.unread_C).sum()),
+            "constant": int((gone_C & ~dead.unread_C).sum()),
+            "folded": sorted(f"{tensor}[{dim}]" for tensor, dim in edit.shift),
+            "dwell": self.config.dwell,
+        }
+        return Proposal(edit, why, 0.0)
+
+    # the end --------------------------------------------------------------------------------------------------------
+
+    def _coded(self, model: nn.Module) -> CodedModel:
+        assert self._learner is not None
+        return coded_model(model, self._learner.values(), self.config.bias_bits)
+
+    def convert(self, moment: Moment) -> None:
+        """Give the network exactly the values of its file, and take the quantisers off."""
+        if self._learner is None:
+            return
+        self._learner.count()
+        self.result = self._trimmed(self._learner, self._coded(moment.model), moment.model)
+        self._learner.release()
+        self.result.load_into(moment.model)
+        n_live, n_all = self.result.n_weights()
+        coded = self.result.coded
+        self._size = sum(coded_bits(coded[n]) for n in self._names) / 8 + self._other_bytes(moment.model)
+        body = {
+            "step": moment.step,
+            "weights": [n_live, n_all],
+            "bits": {n: sorted(set(t.bits_R.tolist())) for n, t in coded.items()},
+            "promised_bytes": round(self._size),
+            "trimmed": self._n_trimmed,
+        }
+        moment.record("precision", body, {})
+        self._learner = None
+
+    def _trimmed(self, learner: Learner, model: CodedModel, network: nn.Module) -> CodedModel:
+        """Where the file is still too large, give up the codes that hold least for what they cost."""
+        if not isinstance(self._aim, Budget):
+            return model
+        rest, price = self._other_bytes(network), {n: q.price for n, q in learner.quantisers.items()}
+        for _ in range(MAX_TRIMS):
+            coded = {n: model.coded[n] for n in self._names}
+            excess = 8 * (rest - self._aim.target) + sum(map(coded_bits, coded.values()))
+            if excess <= 0:
+                break
+            after = replace(model, coded={**model.coded, **trim(coded, price, excess)})
+            self._n_trimmed += model.n_weights()[0] - after.n_weights()[0]
+            model = after
+        return model
+
+    # restarts -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "learner": None if self._learner is None else self._learner.state_dict(),
+            "aim": self._aim.to_state(),
+            "numbers": [self._size, self._ratio, self._peak_lr],
+            "dwelt": dict(self._dwelt),
+            "stuck": dict(self._stuck),
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._aim.load_state(state["aim"])
+        self._size, self._ratio, self._peak_lr = state["numbers"]
+        self._dwelt, self._stuck = dict(state["dwelt"]), dict(state["stuck"])
+        self.history = list(state["history"])
+        self._loaded = state["learner"]
+
+    def shared_state(self) -> dict[str, Any]:
+        return {**self.state_dict(), "learner": None}
+
+    def take_up(self, moment: Moment) -> None:
+        if self._loaded is not None:
+            config = self.config
+            self._learner = Learner.from_state(moment.model, self._loaded, config.step_lr, config.bits_lr)
+        self._loaded = None
+
+
+def expected_accuracy(moment: Moment) -> float:
+    """Mean probability of the right class on the probe, in points: smoother than the share of right answers.
+
+    Raises:
+        ConfigError: the targets are no classes.
+    """
+    total, n = 0.0, 0
+    with probing(moment.model), moment.autocast():
+        for inputs, targets in moment.probe:
+            answer = call(moment.model, inputs)
+            scores = getattr(answer, "logits", answer)
+            if not isinstance(scores, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
+                raise ConfigError(
+                    "max_accuracy_loss counts right answers; these targets are no classes.",
+                    remedy="Give a target in bytes instead.",
+                )
+            chance = scores.float().flatten(0, -2).softmax(-1).gather(1, targets.reshape(-1, 1))
+            total, n = total + float(chance.sum()), n + chance.numel()
+    return 100 * total / max(n, 1)
+
+
+def _first_of_blocks(group: ChannelGroup) -> Tensor:
+    """One channel of each block."""
+    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
+    return torch.stack([(block == b).nonzero()[0, 0] for b in range(int(block.max()) + 1)])
+
+
+def _evenly(gone_C: Tensor, block: Tensor | None) -> Tensor:
+    """As many channels of every block: those of the block that can spare the fewest."""
+    if block is None:
+        return gone_C.clone()
+    places = [((block == b) & gone_C).nonzero().flatten() for b in range(int(block.max()) + 1)]
+    n = min(len(p) for p in places)
+    out = torch.zeros_like(gone_C)
+    for place in places:
+        out[place[:n]] = True
+    return out

@@ -1,0 +1,197 @@
+"""From a quantised network to the tensors of its file, and back into the network: what runs is what is stored."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from weightfold.artifact.coded import CodedTensor, nearest_step, step_value
+from weightfold.config import nearest
+from weightfold.errors import ConfigError
+from weightfold.quant.attached import owners_of
+from weightfold.quant.fake import codes_of, step_index
+from weightfold.quant.rate import Prices
+from weightfold.size import unique_state
+
+FEW_VALUES = 16
+"""A tensor of that few distinct values, and many more weights, was quantised before."""
+
+
+def quantisable(model: nn.Module, pattern: str | None = None) -> tuple[list[str], dict[str, str]]:
+    """Parameters whose bits can be learned, and why others' cannot.
+
+    Matrices, kernels and tables of embeddings can; norm scales and biases are vectors, and stored as they are or with
+    one step for all.
+
+    Raises:
+        ConfigError: nothing matches the pattern, or a tensor is quantised already; names it.
+    Example:
+        >>> quantisable(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
+        (['0.weight'], {})
+    """
+    named = {n: p for n, p in model.named_parameters() if pattern is None or fnmatch.fnmatchcase(n, pattern)}
+    if not named and pattern is not None:
+        names = [name for name, _ in model.named_parameters()]
+        raise ConfigError(f"No parameter matches '{pattern}'.", remedy=nearest(pattern, names))
+    owners = owners_of(model)
+    found, refused = [], {}
+    for name, parameter in named.items():
+        modules = [module for module, _ in owners[id(parameter)]]
+        if any(isinstance(m, parametrize.ParametrizationList) for m in modules):
+            raise ConfigError(
+                f"'{name}' is parametrized: its values are made from others.",
+                remedy="Remove the parametrization, or leave the tensor out with tensors='PATTERN'.",
+            )
+        if parameter.ndim < 2 or any("norm" in type(m).__name__.lower() for m in modules):
+            continue
+        if not parameter.is_floating_point():
+            raise _already(name, f"it holds {str(parameter.dtype).removeprefix('torch.')}")
+        if not parameter.requires_grad:
+            refused[name] = "it is frozen (requires_grad is False)"
+            continue
+        if (n := _distinct(parameter)) <= FEW_VALUES < parameter.numel() // 16 and n > 1:
+            raise _already(name, f"its {parameter.numel():,} weights have {n} values")
+        found.append(name)
+    return found, refused
+
+
+def _distinct(parameter: Tensor) -> int:
+    if parameter.is_meta:
+        return parameter.numel()
+    return int(parameter.detach().reshape(-1)[:65536].unique().numel())
+
+
+def _already(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"'{name}' is quantised already: {why}.",
+        remedy="Start from the float weights, or leave the tensor out with tensors='PATTERN'.",
+    )
+
+
+def is_bias(name: str, value: Tensor) -> bool:
+    """Whether a tensor is a bias vector."""
+    return name.rpartition(".")[2].startswith("bias") and value.ndim == 1 and value.is_floating_point()
+
+
+def coded_tensor(weight: Tensor, exponent_R: Tensor, bits_R: Tensor) -> CodedTensor:
+    """The codes and steps of a quantised parameter."""
+    codes = codes_of(weight, exponent_R, bits_R).reshape(weight.shape)
+    steps = step_index(exponent_R).to("cpu", torch.int16).numpy()
+    return CodedTensor(codes.to("cpu", torch.int16).numpy(), steps)
+
+
+def coded_vector(vector: Tensor, bits: int) -> CodedTensor:
+    """A vector on a grid of its own: one step, as small as the bits allow.
+
+    Example:
+        >>> coded_vector(torch.tensor([1.0, -0.5, 0.0]), 4).codes.tolist()
+        [7, -3, 0]
+    """
+    values = vector.detach().to("cpu", torch.float32).numpy()
+    limit = 2 ** (bits - 1) - 1
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest == 0:
+        return CodedTensor(np.zeros(values.shape, np.int16), np.zeros(1, np.int16))
+    step = nearest_step([largest / limit])
+    while largest / float(step_value(step)[0]) > limit + 0.5:
+        step = step + np.int16(1)
+    codes = np.clip(np.rint(values / step_value(step)[0]), -limit, limit)
+    return CodedTensor(codes.astype(np.int16), step)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedModel:
+    """The tensors of a network as its file holds them.
+
+    Args:
+        coded: weights and biases, by name.
+        plain: everything else, by name, numbers in half precision.
+    """
+
+    coded: Mapping[str, CodedTensor]
+    plain: Mapping[str, np.ndarray]
+
+    def n_weights(self) -> tuple[int, int]:
+        """Codes that are not zero, and all of them."""
+        codes = [tensor.codes for tensor in self.coded.values()]
+        return sum(int(np.count_nonzero(c)) for c in codes), sum(c.size for c in codes)
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give a plain network exactly the values of the file."""
+        state = unique_state(model)
+        with torch.no_grad():
+            for name, tensor in self.coded.items():
+                state[name].copy_(torch.from_numpy(tensor.values()))
+            for name, value in self.plain.items():
+                state[name].copy_(torch.from_numpy(value.astype(value.dtype)))
+
+
+def coded_model(model: nn.Module, quantisers: Mapping[str, tuple[Tensor, Tensor]], bias_bits: int) -> CodedModel:
+    """Take a network's state as it would be written.
+
+    Args:
+        quantisers: exponents and bits of each quantised parameter, by name.
+        bias_bits: bits of biases, 2 to 16.
+    """
+    named = dict(model.named_parameters())
+    coded, plain = {}, {}
+    for name, value in unique_state(model).items():
+        if name in quantisers:
+            coded[name] = coded_tensor(named[name], *quantisers[name])
+        elif name in named and is_bias(name, value):
+            coded[name] = coded_vector(value, bias_bits)
+        else:
+            plain[name] = _stored(value)
+    return CodedModel(coded, plain)
+
+
+def trim(coded: Mapping[str, CodedTensor], prices: Mapping[str, Prices], bits: float) -> dict[str, CodedTensor]:
+    """Set to zero the codes ±1 that save most bits for the change of the weights, until about so many are saved.
+
+    Args:
+        prices: of the same tensors.
+        bits: to be saved.
+    Example:
+        >>> from weightfold.quant.rate import prices
+        >>> codes = np.zeros((4, 8), np.int16)
+        >>> codes[0, 0] = codes[1] = 1
+        >>> tensor = CodedTensor(codes, np.zeros(4, np.int16))
+        >>> price = prices(torch.from_numpy(codes).float(), torch.ones(4))
+        >>> trim({"w": tensor}, {"w": price}, 1)["w"].codes.sum(1).tolist()
+        [0, 8, 0, 0]
+    """
+    names = list(coded)
+    values, costs = [], []
+    for name in names:
+        tensor = coded[name]
+        single_RC = np.abs(tensor.matrix_RC) == 1
+        step_RC = np.broadcast_to(step_value(tensor.steps)[:, None], single_RC.shape)
+        price_RC = prices[name].first_RC.cpu().numpy()
+        values.append(np.where(single_RC, step_RC**2 / price_RC, np.inf).reshape(-1))
+        costs.append(price_RC.reshape(-1))
+    value, cost = np.concatenate(values), np.concatenate(costs)
+    order = np.argsort(value, kind="stable")
+    n = int(np.searchsorted(np.cumsum(cost[order]), bits)) + 1
+    chosen = np.zeros(value.shape, bool)
+    chosen[order[: min(n, int(np.isfinite(value).sum()))]] = True
+    out, at = {}, 0
+    for name in names:
+        tensor = coded[name]
+        mask = chosen[at : at + tensor.codes.size].reshape(tensor.shape)
+        at += tensor.codes.size
+        out[name] = CodedTensor(np.where(mask, 0, tensor.codes).astype(tensor.codes.dtype), tensor.steps)
+    return out
+
+
+def _stored(value: Tensor) -> np.ndarray:
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return value.numpy()
+    half = value.to(torch.float16)
+    return (half if bool(torch.isfinite(half).all()) else value.to(torch.float32)).numpy()
