@@ -4,15 +4,34 @@ The tensor is a matrix of one row for each step, (R, C). What is coded, in this 
 
 1. **Rows** (`rows`). Bits of each (0: a row of zeros), with the bits of the row before as context. Rows then stand in
    buckets of equal bits, so that alike rows share statistics. For each living row the difference of its step to that of
-   the row before, and its density: how many of its codes are not zero, as one of 53 half-octave classes.
+   the row before.
 2. **Columns** that are zero throughout, if naming them pays.
-3. **Zeros**: whether each code is zero, with chances learned from row, column, input channel and neighbours
-   (`zeros`).
-4. **Signs** (`codes`), with those of two neighbours in the kernel or image as context.
+3. **Zeros** (`zeros`). The density of each row: how many of its codes are not zero, as one of 53 half-octave classes.
+   Then whether each code is zero, with chances learned from row, column, input channel and neighbours.
+4. **Signs** (`codes`), with those of the neighbours in the kernel or image as context; where there are none, with the
+   balance of the column and of the row so far.
 5. **Magnitudes**: the number of binary digits in unary, then the digits below the leading one; every decision up to
-   magnitude 7, and the two highest digits beyond, with a chance that its context has learned.
+   magnitude 7, and the two highest digits beyond, with a chance that its context has learned. The context is the row's
+   bits and the neighbours' magnitudes, or the column's.
 
 All of it is exact on every machine. `coding="packed"` is the plain alternative, see `packing`.
+
+How close it comes (bytes, steps included; "order 0" is the entropy of the codes of each tensor by their histogram, steps
+left out; LZMA and deflate over the codes as int8, steps left out; "source" is the entropy of what drew them):
+
+| codes | order 0 | deflate | LZMA | packed | this |
+|---|---|---|---|---|---|
+| 784-300-100-10 trained on MNIST, 11,923 of 266,200 codes not zero | 11,564 | 10,647 | 9,383 | 12,748 | 5,452 |
+| 20-50-500-10 convolutional, MNIST, 11,490 of 430,500 | 10,288 | 11,813 | 11,196 | 16,831 | 6,307 |
+
+| drawn codes | source | this |
+|---|---|---|
+| (512, 512, 3, 3), 3.6 % not zero, uneven rows and columns | 82,220 | 83,507 |
+| (512, 512, 3, 3), 25 % not zero, the same | 361,354 | 364,346 |
+| (300, 784), 1.4 % not zero, the same; of this, 119 for the steps | 2,805 | 3,247 |
+
+Encoding and decoding take 0.3 to 1.2 microseconds a code on one core (5 to 30 % of the codes not zero), `coded_bits`
+about 0.2.
 """
 
 from __future__ import annotations
@@ -33,6 +52,8 @@ from weightfold.artifact.rows import Rows
 from weightfold.artifact.zeros import PRIORS, Columns, Grid
 
 Coding = Literal["entropy", "packed"]
+_ENOUGH = 1 << 19
+"""Codes on which a choice is tried: of larger tensors, every n-th row."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +177,12 @@ def _choose(codes_LC: npt.NDArray[Any], shape: tuple[int, ...]) -> Choice:
     """Find the choice that makes the tensor smallest: columns first, then the grid, then the prior."""
     if len(codes_LC) == 1:
         return Choice(grid=0, prior=1)
+    some_LC = codes_LC[:: 1 + codes_LC.size // _ENOUGH]
 
     def cost(choice: Choice) -> float:
         meter = Meter()
         columns = _put_columns(meter, codes_LC, choice, shape)
-        live_LC = codes_LC[:, columns.live_C]
+        live_LC = some_LC[:, columns.live_C]
         write_zeros(meter, live_LC, columns, PRIORS[choice.prior])
         write_signs(meter, live_LC, columns)
         return meter.bits

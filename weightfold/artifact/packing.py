@@ -20,7 +20,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from weightfold.artifact.coded import STEP_LIMIT, CodedTensor, Ints, corrupt
+from weightfold.artifact.coded import MAX_BITS, STEP_LIMIT, CodedTensor, Ints, corrupt
 
 Bits = npt.NDArray[np.uint8]
 _THREES = np.array([1, 3, 9, 27, 81])
@@ -83,7 +83,8 @@ def decode(data: bytes, start: int, shape: tuple[int, ...]) -> tuple[CodedTensor
     n_rows = shape[0] if shape else 1
     if prod(shape) == 0:
         return CodedTensor(np.zeros(shape, np.int16), np.zeros(n_rows, np.int16)), start
-    source = _Bits(np.frombuffer(data, np.uint8, offset=start))
+    most = _FIXED_BITS + prod(shape) * MAX_BITS + n_rows * 19 + prod(shape) // n_rows
+    source = _Bits(np.frombuffer(data[start : start + most // 8 + 2], np.uint8))
     whole, masked = source.take(2, 1).tolist()
     n_rows = 1 if whole else n_rows
     width, lowest = int(source.take(1, 4)[0]), int(source.take(1, 11)[0]) - STEP_LIMIT
