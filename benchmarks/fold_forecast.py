@@ -145,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bed", choices=beds.NAMES, default="mnist-mlp")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--at", type=float, default=0.06)
     parser.add_argument("--shares", default="0.5,0.25,0.125")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the usual steps")
@@ -155,7 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bed = beds.open_bed(args.bed, args.shared, tune=True, scale=args.scale)
     rows = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         dense = run(bed, seed, 1.0, args.at)["accuracy"]
         print(f"seed {seed} dense {dense:.2f} %", flush=True)
         for share in map(float, args.shares.split(",")):

@@ -1,11 +1,13 @@
 """Layers tied while they train: unique parameters against loss, a small character transformer on tiny Shakespeare.
 
-    python benchmarks/tie.py --shared ../shared/data [--steps 600] [--seeds 3] [--out FILE]
+    python benchmarks/tie.py --shared ../shared/data [--steps 600] [--seeds 3] [--arms ARM,ARM] [--out FILE]
 
 Paired by seed: same initial weights, same batches.
 
     dense               every block its own
     tied at the start   all blocks share their weights from the first step (ALBERT), norms and biases their own
+    untied at S         the same, until a share S of the steps; from then on every block its own (Yang et al.,
+                        2021, arXiv 2110.03848)
     tie, gate G         `Tie` on whole blocks: every 30 steps the most alike pair, if the probe loss rises by no more
                         than G nats, interval included; watched, untied if it hurts
     tie, rank 4         the same at the tighter gate, copies may keep a correction of rank 4
@@ -39,11 +41,12 @@ from weightfold.data import load
 from weightfold.methods.tie import Tie
 from weightfold.models import build
 from weightfold.sharing.pairs import pairs
-from weightfold.sharing.ties import Ties
+from weightfold.sharing.ties import Link, Ties
 from weightfold.size import parameters
 
 BLOCKS = "blocks.?"
 GATES = (0.02, 0.1)
+UNTIED = (0.1, 0.3)
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -54,21 +57,21 @@ def start(data: Any, seed: int, args: argparse.Namespace) -> nn.Module:
     return build("char-gpt", data.task, seed=seed, width=args.width, depth=args.depth, num_heads=4)
 
 
-def tied_at_the_start(model: nn.Module) -> None:
-    ties = Ties(model)
-    for pair in pairs(model, BLOCKS):
-        if pair.kept == "blocks.0":
-            for kept, copy in pair.tensors:
-                ties.tie(kept, copy, "first")
-    ties.close()
+def tied(model: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...] = ()) -> tuple[Ties, list[Link]]:
+    """All blocks share the weights of the first."""
+    ties = Ties(model, optimizers)
+    every = [pair for pair in pairs(model, BLOCKS) if pair.kept == "blocks.0"]
+    return ties, [ties.tie(kept, copy, "first") for pair in every for kept, copy in pair.tensors]
 
 
 def arm(data: Any, seed: int, args: argparse.Namespace, name: str, settings: dict[str, Any] | None) -> dict[str, Any]:
     """Train one network and measure it on the test split."""
     model = start(data, seed, args)
     if name == "tied at the start":
-        tied_at_the_start(model)
+        tied(model)[0].close()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    ties, links = tied(model, (optimizer,)) if name.startswith("untied") else (None, [])
+    untie_at = round(float(name.split()[-1]) * args.steps) if ties is not None else -1
     generator = torch.Generator().manual_seed(seed)
     order = torch.randint(len(data.train), (args.steps + 8, args.batch), generator=generator)
     probe = [(data.train.inputs[rows], data.train.targets[rows]) for rows in order[-8:]]
@@ -78,7 +81,11 @@ def arm(data: Any, seed: int, args: argparse.Namespace, name: str, settings: dic
         tie = Tie(layers=BLOCKS, every=30, watch=60, start=0.05, until=0.8, **settings)
         tie.prepare(model, optimizer, loss=nats, probe=probe, example=probe[0][0], total_steps=args.steps)
     model.train()
-    for rows in order[: args.steps]:
+    for step, rows in enumerate(order[: args.steps]):
+        if ties is not None and step == untie_at:
+            for link in reversed(links):
+                ties.untie(link)
+            ties.close()
         optimizer.zero_grad()
         nats(model(data.train.inputs[rows]), data.train.targets[rows]).backward()
         optimizer.step()
@@ -117,6 +124,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--arms", help="names, separated by commas; all by default")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -124,10 +132,13 @@ def main() -> None:
     arms: dict[str, dict[str, Any] | None] = {
         "dense": None,
         "tied at the start": None,
+        **{f"untied at {share}": None for share in UNTIED},
         **{f"tie, gate {gate}": {"max_increase": gate, "similarity": -1} for gate in GATES},
         f"tie, rank 4, gate {GATES[0]}": {"max_increase": GATES[0], "similarity": -1, "rank": 4},
         "likeness": {"max_increase": GATES[1]},
     }
+    if args.arms:
+        arms = {name: arms[name] for name in args.arms.split(",")}
     rows = [arm(data, seed, args, name, settings) for seed in range(args.seeds) for name, settings in arms.items()]
     summary = {}
     for name in arms:
