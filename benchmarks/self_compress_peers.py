@@ -1,7 +1,8 @@
 """What other libraries make of the dense network of a bed: bytes and accuracy, each in an interpreter that has it.
 
     python benchmarks/self_compress_peers.py --bed lenet-300-100 --peer-python PATH [--peer-python PATH ...]
-        [--seeds 2] [--steps 2000] [--shared ../shared/data] [--cache FOLDER] [--out FILE]
+        [--seeds 2] [--steps 2000] [--paper FILE ...] [--shared ../shared/data] [--cache FOLDER] [--out FILE]
+    python benchmarks/self_compress_peers.py --show FILE
 
     torchao, n bits          `IntxWeightOnlyConfig`, one scale a row; filters as rows of a matrix: torchao skips them
     coremltools, n bits      `PostTrainingPalettizer`: k-means of each tensor, no training
@@ -13,7 +14,9 @@ as no library writes such a file: packed codes, a half-precision scale a row (co
 for each tensor), half-precision biases, 8 bytes a layer and 16 for the file; *coded* codes as in
 `baselines/paper_self_compression.py`, one table a tensor. Activations stay floating point. No peer removes anything.
 
-The last line is one JSON object; --out writes it with settings and versions.
+Rows of `baselines/paper_self_compression.py` (files of what it prints) join the table through --paper. The last line is
+one JSON object; --out writes it with settings and versions, beside the other beds that the file holds. --show prints
+the tables of such a file.
 """
 
 from __future__ import annotations
@@ -319,6 +322,27 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def paper_rows(files: list[Path], bed: str) -> list[dict[str, Any]]:
+    """Rows that the baseline printed for a bed, named by penalty and gamma."""
+    found = [row for file in files for row in json.loads(file.read_text().strip().splitlines()[-1])["rows"]]
+    return [{"name": f"paper, {r['size']}, gamma {r['gamma']}", **r} for r in found if r["bed"] == bed]
+
+
+def dense_row(bed: Bed, seed: int, model: nn.Module, seconds: float) -> dict[str, Any]:
+    return {
+        "bed": bed.name,
+        "name": "dense",
+        "bits": 32,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "accuracy": round(bed.accuracy(model), 3),
+        "mean_bits": 32,
+        "packed_bytes": bed.fp32_bytes,
+        "coded_bytes": bed.fp32_bytes,
+        "weights_kept": 1.0,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bed", choices=NAMES, default="lenet-300-100")
@@ -331,11 +355,17 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--cache", type=Path, help="folder that keeps decoded images for the next time")
     parser.add_argument("--tune", action="store_true", help="measure on training samples held out")
+    parser.add_argument("--paper", type=Path, nargs="*", default=[], help="what the paper's baseline printed")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", type=Path, help="print the tables of a file of results")
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plan:
         work(json.loads(args.plan.read_text()))
+        return
+    if args.show:
+        for name, result in json.loads(args.show.read_text()).items():
+            print(f"{name}\n{table(result['summary'])}\n")
         return
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -344,15 +374,10 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for seed in range(args.seeds):
             model, seconds = train_dense(bed, seed, args.dense_steps)
-            rows.append(
-                {
-                    "bed": bed.name, "name": "dense", "bits": 32, "seed": seed, "seconds": round(seconds, 1),
-                    "accuracy": round(bed.accuracy(model), 3), "mean_bits": 32, "packed_bytes": bed.fp32_bytes,
-                    "coded_bytes": bed.fp32_bytes, "weights_kept": 1.0,
-                }
-            )  # fmt: skip
+            rows.append(dense_row(bed, seed, model, seconds))
             settings = {"steps": args.steps, "lr": args.lr, "threads": args.threads, "tune": args.tune}
             rows += compare(bed, seed, model, args.peer_python, shared=args.shared, cache=cache, **settings)
+    rows += paper_rows(args.paper, args.bed)
     entries = summary(rows)
     print(table(entries))
     result = {
@@ -366,7 +391,8 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
     }
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        held = json.loads(args.out.read_text()) if args.out.is_file() else {}
+        args.out.write_text(json.dumps({**held, args.bed: result}, indent=1) + "\n")
     print(json.dumps(result))
 
 
