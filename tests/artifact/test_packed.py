@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightfold.artifact import CodedTensor, Structure, promised_bytes, read_packed, write_packed
+from weightfold.artifact import CodedTensor, Structure, decode, promised_bytes, read_packed, write_packed
 from weightfold.artifact.format import Attribute, Builder, Input, Resized
 from weightfold.artifact.packed import pack, unpack
 from weightfold.artifact.packed_header import in_order
@@ -216,6 +216,30 @@ def test_the_order_in_which_tensors_are_given_does_not_matter() -> None:
     turned = dict(reversed(coded.items()))
     assert pack(structure, coded, {})[0] == pack(structure, turned, {})[0]
     assert in_order(coded) == in_order(turned)
+
+
+_ENTROPY = "0088e7408f42804889ce8e36f5bb9298aa54b996777029175532dd1aef6e47286d109513"
+_PACKED = "014cea666062567c8c288c1077b427797777c5377a877776477b927777577777c5377a877776476777b427797777c537"
+_FILE = (
+    "574650012543f52e5286857ad72fb544a9169a0092f4caa1be524a84316ba14e4884351680711e5b0b000020020318020700"
+    "3800400107983cde4b415e5a3a01df736b"
+)
+
+
+def test_files_of_format_1_stay_readable() -> None:
+    """What was written once is read the same for ever: these bytes are never renewed, a new format has a new version."""
+    numbers = np.arange(108) * 7919 % 23
+    codes = np.where(numbers < 12, 0, numbers - 17).reshape(6, 2, 3, 3)
+    codes[2] = 0
+    codes[4] = np.sign(codes[4])
+    steps = np.array([-20, -18, 0, -23, -16, -20], np.int16)
+    for data in (_ENTROPY, _PACKED):
+        assert decode(bytes.fromhex(data), codes.shape).same(CodedTensor(codes, steps))
+    found, (structure, coded, plain) = unpack(bytes.fromhex(_FILE)), tiny()
+    assert found.coded["a.weight"].same(coded["a.weight"])
+    assert {name: array.tolist() for name, array in found.plain.items()} == {n: a.tolist() for n, a in plain.items()}
+    assert found.structure.aliases == structure.aliases
+    assert found.structure.fingerprint == "f42b8191e405d1d3f84eb94bd465662a6d67486c8f5d5dc93f5101ff7ab901bd"
 
 
 _PROBE = """

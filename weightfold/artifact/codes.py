@@ -46,15 +46,17 @@ def read_zeros(decoder: Decoder, n_rows: int, columns: Columns, prior: float) ->
     return flags_LC
 
 
-def write_signs(coder: Coder, codes_LC: Codes, columns: Columns) -> None:
+def write_signs(coder: Coder, codes_LC: Codes, columns: Columns, informed: bool) -> None:
     """Code the signs of all codes that are not zero: whether each is that of a sum of others, unless this is 0.
 
-    The others are the neighbours, or, where there are none, the codes of its column and its row so far.
+    The others are the neighbours, or, where there are none, the codes of its column and its row so far; if not
+    `informed`, there are no others.
     """
     signs_LC = np.sign(codes_LC).astype(np.int64)
     here = signs_LC != 0
-    near_LC = columns.near(signs_LC) if columns.joint else _balance(signs_LC)
-    near_N = near_LC[here]
+    near_N = np.zeros(np.count_nonzero(here), np.int64)
+    if informed:
+        near_N = (columns.near(signs_LC) if columns.joint else _balance(signs_LC))[here]
     decisions_N = (signs_LC[here] > 0) ^ (near_N < 0)
     Contexts().code(coder, np.abs(near_N), decisions_N)
 
@@ -66,9 +68,12 @@ def _balance(signs_LC: Ints) -> Ints:
     return np.clip(above_LC, -_BALANCE, _BALANCE) + np.clip(before_LC, -_BALANCE, _BALANCE)
 
 
-def read_signs(decoder: Decoder, flags_LC: Flags, columns: Columns) -> npt.NDArray[np.int16]:
+def read_signs(decoder: Decoder, flags_LC: Flags, columns: Columns, informed: bool) -> npt.NDArray[np.int16]:
     """Read back the signs, 0 where a flag says so; shape (L, C)."""
     signs_LC = flags_LC.astype(np.int16)
+    if not informed:
+        signs_LC[flags_LC] = 2 * np.array(decoder.flags([HALF] * int(np.count_nonzero(flags_LC))), np.int16) - 1
+        return signs_LC
     left, above, above_left, above_right = columns.neighbours.tolist()
     contexts, totals = Contexts(), [0] * len(left)
     for row, flags_C in enumerate(flags_LC):
@@ -87,13 +92,17 @@ def read_signs(decoder: Decoder, flags_LC: Flags, columns: Columns) -> npt.NDArr
     return signs_LC
 
 
-def write_sizes(coder: Coder, codes_LC: Codes, rows: Rows, columns: Columns) -> None:
-    """Code the magnitudes of all codes that are not zero, in rows of more than two bits; neighbours are the context."""
+def write_sizes(coder: Coder, codes_LC: Codes, rows: Rows, columns: Columns, informed: bool) -> None:
+    """Code the magnitudes of all codes that are not zero, in rows of more than two bits.
+
+    The context is the bits of the row, and, if `informed`, the magnitudes of the neighbours or of the column so far.
+    """
     wide_LC = np.broadcast_to(rows.bits_L[:, None], codes_LC.shape)
     here = (codes_LC != 0) & (wide_LC > 2)
     sizes_LC = np.abs(codes_LC.astype(np.int64))
     base_N = wide_LC[here] << 8
-    base_N |= (_near_class(sizes_LC, columns) if columns.joint else _column_class(sizes_LC))[here] << 13
+    if informed:
+        base_N |= (_near_class(sizes_LC, columns) if columns.joint else _column_class(sizes_LC))[here] << 13
     sizes_N, contexts = sizes_LC[here], Contexts()
     for at in range(0, len(sizes_N), _CHUNK):
         contexts.code(coder, *_size_decisions(sizes_N[at : at + _CHUNK], base_N[at : at + _CHUNK]))
@@ -137,7 +146,9 @@ def _size_decisions(sizes_N: Ints, base_N: Ints) -> tuple[Ints, Flags]:
     return contexts_ND[asked_ND], decisions_ND[asked_ND]
 
 
-def read_sizes(decoder: Decoder, flags_LC: Flags, rows: Rows, columns: Columns) -> npt.NDArray[np.int16]:
+def read_sizes(
+    decoder: Decoder, flags_LC: Flags, rows: Rows, columns: Columns, informed: bool
+) -> npt.NDArray[np.int16]:
     """Read back the magnitudes, 0 where a flag says so; shape (L, C)."""
     sizes_LC = flags_LC.astype(np.int16)
     contexts, near = Contexts(), _NEAR.tolist()
@@ -147,7 +158,9 @@ def read_sizes(decoder: Decoder, flags_LC: Flags, rows: Rows, columns: Columns) 
         sizes = [*sizes_LC[row].tolist(), 0]
         for place in np.flatnonzero(flags_LC[row]).tolist():
             if bits > 2:
-                if columns.joint:
+                if not informed:
+                    context = 0
+                elif columns.joint:
                     total = 2 * (sizes[left[place]] + sizes[above[place]])
                     total += sizes[above_left[place]] + sizes[above_right[place]]
                     context = near[min(total, len(near) - 1)]

@@ -9,15 +9,15 @@ The tensor is a matrix of one row for each step, (R, C). What is coded, in this 
 3. **Zeros** (`zeros`). The density of each row: how many of its codes are not zero, as one of 53 half-octave classes.
    Then whether each code is zero, with chances learned from row, column, input channel and neighbours.
 4. **Signs** (`codes`), with those of the neighbours in the kernel or image as context; where there are none, with the
-   balance of the column and of the row so far.
+   balance of the column and of the row so far; or with no context, where this is shorter.
 5. **Magnitudes**: the number of binary digits in unary, then the digits below the leading one; every decision up to
    magnitude 7, and the two highest digits beyond, with a chance that its context has learned. The context is the row's
-   bits and the neighbours' magnitudes, or the column's.
+   bits, and, where this is shorter, the magnitudes of the neighbours or of the column so far.
 
 All of it is exact on every machine. `coding="packed"` is the plain alternative, see `packing`.
 
-How close it comes (bytes, steps included; "order 0" is the entropy of the codes of each tensor by their histogram, steps
-left out; LZMA and deflate over the codes as int8, steps left out; "source" is the entropy of what drew them):
+How close it comes, in bytes, steps included. Without steps: "order 0", the entropy of the codes of each tensor by their
+histogram; deflate and LZMA over the codes as int8; "source", the entropy of what drew the codes.
 
 | codes | order 0 | deflate | LZMA | packed | this |
 |---|---|---|---|---|---|
@@ -36,7 +36,8 @@ about 0.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -64,11 +65,15 @@ class Choice:
         masked: whether the columns that are zero throughout are named.
         grid: which of `Grid.candidates`.
         prior: which of `PRIORS`.
+        signs: whether signs have contexts.
+        sizes: whether magnitudes have contexts besides the bits of their row.
     """
 
     masked: bool = False
     grid: int = 0
     prior: int = 1
+    signs: bool = True
+    sizes: bool = True
 
 
 # tensor to bytes ------------------------------------------------------------------------------------------------------
@@ -140,12 +145,12 @@ def write(tensor: CodedTensor, coder: Coder) -> None:
     if not len(rows.order_L):
         return
     codes_LC = tensor.matrix_RC[rows.order_L]
-    choice = _choose(codes_LC, tensor.shape)
+    choice = _choose(codes_LC, rows, tensor.shape)
     columns = _put_columns(coder, codes_LC, choice, tensor.shape)
     codes_LC = codes_LC[:, columns.live_C]
     write_zeros(coder, codes_LC, columns, PRIORS[choice.prior])
-    write_signs(coder, codes_LC, columns)
-    write_sizes(coder, codes_LC, rows, columns)
+    write_signs(coder, codes_LC, columns, choice.signs)
+    write_sizes(coder, codes_LC, rows, columns, choice.sizes)
 
 
 def read(decoder: Decoder, shape: tuple[int, ...]) -> CodedTensor:
@@ -163,35 +168,46 @@ def read(decoder: Decoder, shape: tuple[int, ...]) -> CodedTensor:
     rows, steps_R = Rows.read(decoder, n_rows)
     codes_RC = np.zeros((n_rows, n_columns), np.int16)
     if len(rows.order_L):
-        columns, prior = _get_columns(decoder, n_columns, shape, len(rows.order_L))
-        flags_LC = read_zeros(decoder, len(rows.order_L), columns, prior)
-        signs_LC = read_signs(decoder, flags_LC, columns)
-        codes_RC[np.ix_(rows.order_L, columns.live_C)] = signs_LC * read_sizes(decoder, flags_LC, rows, columns)
+        choice, columns = _get_columns(decoder, n_columns, shape, len(rows.order_L))
+        flags_LC = read_zeros(decoder, len(rows.order_L), columns, PRIORS[choice.prior])
+        signs_LC = read_signs(decoder, flags_LC, columns, choice.signs)
+        sizes_LC = read_sizes(decoder, flags_LC, rows, columns, choice.sizes)
+        codes_RC[np.ix_(rows.order_L, columns.live_C)] = signs_LC * sizes_LC
     return CodedTensor(codes_RC.reshape(shape), steps_R)
 
 
 # columns --------------------------------------------------------------------------------------------------------------
 
 
-def _choose(codes_LC: npt.NDArray[Any], shape: tuple[int, ...]) -> Choice:
-    """Find the choice that makes the tensor smallest: columns first, then the grid, then the prior."""
-    if len(codes_LC) == 1:
-        return Choice(grid=0, prior=1)
-    some_LC = codes_LC[:: 1 + codes_LC.size // _ENOUGH]
+def _choose(codes_LC: npt.NDArray[Any], rows: Rows, shape: tuple[int, ...]) -> Choice:
+    """Find the choice that makes the tensor smallest: columns first, then grid, prior, and contexts."""
+    stride = 1 + codes_LC.size // _ENOUGH
+    some_LC, some = codes_LC[::stride], Rows(rows.order_L[::stride], rows.bits_L[::stride])
 
-    def cost(choice: Choice) -> float:
+    def cost(choice: Choice, parts: str) -> float:
         meter = Meter()
         columns = _put_columns(meter, codes_LC, choice, shape)
         live_LC = some_LC[:, columns.live_C]
-        write_zeros(meter, live_LC, columns, PRIORS[choice.prior])
-        write_signs(meter, live_LC, columns)
+        if "zeros" in parts:
+            write_zeros(meter, live_LC, columns, PRIORS[choice.prior])
+        if "signs" in parts:
+            write_signs(meter, live_LC, columns, choice.signs)
+        if "sizes" in parts:
+            write_sizes(meter, live_LC, some, columns, choice.sizes)
         return meter.bits
 
-    n_grids = len(Grid.candidates(shape, codes_LC.shape[1]))
-    masks = [False] if codes_LC.any(axis=0).all() else [False, True]
-    best = min((Choice(masked, 0) for masked in masks), key=cost)
-    best = min((Choice(best.masked, grid) for grid in range(n_grids)), key=cost)
-    return min((Choice(best.masked, best.grid, prior) for prior in range(len(PRIORS))), key=cost)
+    def best(choices: Iterable[Choice], parts: str) -> Choice:
+        return min(choices, key=lambda choice: cost(choice, parts))
+
+    found = Choice()
+    if len(codes_LC) > 1:
+        n_grids = len(Grid.candidates(shape, codes_LC.shape[1]))
+        masks = [False] if codes_LC.any(axis=0).all() else [False, True]
+        found = best((replace(found, masked=masked) for masked in masks), "zeros")
+        found = best((replace(found, grid=grid) for grid in range(n_grids)), "zeros, signs")
+        found = best((replace(found, prior=prior) for prior in range(len(PRIORS))), "zeros")
+        found = best((replace(found, sizes=sizes) for sizes in (True, False)), "sizes")
+    return best((replace(found, signs=signs) for signs in (True, False)), "signs")
 
 
 def _put_columns(coder: Coder, codes_LC: npt.NDArray[Any], choice: Choice, shape: tuple[int, ...]) -> Columns:
@@ -201,6 +217,8 @@ def _put_columns(coder: Coder, codes_LC: npt.NDArray[Any], choice: Choice, shape
         coder.raw(choice.grid, (len(grids) - 1).bit_length())
         coder.raw(choice.prior, 2)
         coder.raw(choice.masked, 1)
+        coder.raw(choice.sizes, 1)
+    coder.raw(choice.signs, 1)
     live = np.arange(n)
     if choice.masked:
         flags_C = np.asarray(codes_LC.any(axis=0))
@@ -210,17 +228,19 @@ def _put_columns(coder: Coder, codes_LC: npt.NDArray[Any], choice: Choice, shape
     return Columns(n, live, grids[choice.grid])
 
 
-def _get_columns(decoder: Decoder, n: int, shape: tuple[int, ...], n_living: int) -> tuple[Columns, float]:
+def _get_columns(decoder: Decoder, n: int, shape: tuple[int, ...], n_living: int) -> tuple[Choice, Columns]:
     grids = Grid.candidates(shape, n)
-    grid, prior, live = 0, 1, np.arange(n)
-    masked = 0
+    choice, live = Choice(), np.arange(n)
     if n_living > 1:
-        grid, prior, masked = decoder.raw((len(grids) - 1).bit_length()), decoder.raw(2), decoder.raw(1)
+        grid, prior = decoder.raw((len(grids) - 1).bit_length()), decoder.raw(2)
+        masked, sizes = decoder.raw(1), decoder.raw(1)
         if grid >= len(grids):
             raise corrupt(f"no grid {grid}")
-    if masked:
-        live = np.flatnonzero(_read_mask(decoder, n, grids[grid]))
-    return Columns(n, live, grids[grid]), PRIORS[prior]
+        choice = Choice(bool(masked), grid, prior, sizes=bool(sizes))
+    choice = replace(choice, signs=bool(decoder.raw(1)))
+    if choice.masked:
+        live = np.flatnonzero(_read_mask(decoder, n, grids[choice.grid]))
+    return choice, Columns(n, live, grids[choice.grid])
 
 
 def _mask_contexts(flags_C: Ints, grid: Grid) -> Ints:
