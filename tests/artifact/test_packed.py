@@ -227,7 +227,7 @@ _FILE = (
 
 
 def test_files_of_format_1_stay_readable() -> None:
-    """What was written once is read the same for ever: these bytes are never renewed, a new format has a new version."""
+    """These bytes are never renewed: what was written once stays readable, and a new format has a new version."""
     numbers = np.arange(108) * 7919 % 23
     codes = np.where(numbers < 12, 0, numbers - 17).reshape(6, 2, 3, 3)
     codes[2] = 0
