@@ -63,7 +63,7 @@ class SelfCompressConfig(Config):
     """without either: λ, what a bit of the file costs in the loss, in nats"""
     at: float = Field(default=0.1, ge=0, lt=1)
     """when quantisation begins, as a share of the steps"""
-    reach: float = Field(default=0.65, gt=0, le=1)
+    reach: float = Field(default=0.4, gt=0, le=1)
     """when the target is to be met (without one: when λ has grown to its full size), as a share of the steps"""
     resolution: float = Field(default=0.5, gt=0, le=10)
     """first step of each tensor, in standard deviations of its weights"""
