@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from weightfold.graph.edit import Edit, remove
-from weightfold.graph.group import ChannelGraph, ChannelGroup
+from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
 from weightfold.price import Trails
 from weightfold.redundancy import Floats, Reader
 
@@ -135,13 +135,19 @@ def partner_of(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup | None:
     return None
 
 
-def _members(group: ChannelGroup, observed: ChannelGroup, reader: Reader) -> Mapping[int, Floats]:
-    """The single channels of each head."""
-    place = observed.axis(*reader.key).index[:, 0].numpy()
+def members_of(group: ChannelGroup, observed: ChannelGroup, axis: Axis) -> dict[int, Floats]:
+    """The single channels of each head, in the order in which the layer reads them."""
+    place = observed.axis(*axis.key).index[:, 0].numpy()
     channel_at = np.full(place.max() + 1, -1)
     channel_at[place] = np.arange(len(place))
-    index = group.axis(*reader.key).index.numpy()
-    return {head: np.sort(channel_at[row[row >= 0]]) for head, row in enumerate(index)}
+    index = group.axis(*axis.key).index.numpy()
+    return {head: channel_at[np.sort(row[row >= 0])] for head, row in enumerate(index)}
+
+
+def _members(group: ChannelGroup, observed: ChannelGroup, reader: Reader) -> Mapping[int, Floats]:
+    """The single channels of each head, ascending."""
+    found = members_of(group, observed, observed.axis(*reader.key))
+    return {head: np.sort(channels) for head, channels in found.items()}
 
 
 def _eliminate(reader: Reader, members: Mapping[int, Floats], ridge: float) -> tuple[Floats, Floats]:

@@ -142,8 +142,8 @@ def _reader(model: nn.Module, axis: Axis, moment: SecondMoment, per_channel: flo
     centred = takes_mean(model, axis)
     second_CC = (own.covariance() if centred else own.second()).numpy()
     gram_CC = sum((rows @ rows.T for rows in axis_rows(model, axis)), torch.zeros(())).numpy()
-    apart = _apart(axis)
-    return Reader(axis.key, second_CC * apart, gram_CC * apart, own.count, own.mean_C.numpy() if centred else None)
+    mask = apart(axis)
+    return Reader(axis.key, second_CC * mask, gram_CC * mask, own.count, own.mean_C.numpy() if centred else None)
 
 
 def takes_mean(model: nn.Module, axis: Axis) -> bool:
@@ -153,7 +153,7 @@ def takes_mean(model: nn.Module, axis: Axis) -> bool:
     return weight.ndim == 2 and leaf.endswith("weight") and isinstance(bias, Tensor)
 
 
-def _apart(axis: Axis) -> Floats:
+def apart(axis: Axis) -> Floats:
     """1 where two channels reach the same outputs, 0 where they lie in different groups of a grouped convolution."""
     slab = (axis.index[:, 0] // (axis.size // axis.slabs)).numpy()
     return (slab[:, None] == slab[None, :]).astype(np.float64)

@@ -228,7 +228,7 @@ def rows_of(x: Tensor, dim: int, index_CM: Tensor, limit: int | None = None) -> 
     rows = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     index = index_CM.T.reshape(-1).to(x.device)
     if torch.equal(index, torch.arange(rows.shape[1], device=x.device)):
-        return rows
+        return rows.reshape(-1, n_channels)
     taken = rows[:, index.clamp_min(0)] * (index >= 0)
     return taken.reshape(-1, n_channels)
 
