@@ -88,7 +88,7 @@ class Schedule:
 SCHEDULES = {
     "lenet-300-100": Schedule(steps=18_000, batch=128, lr=1e-3),
     "lenet-5-caffe": Schedule(steps=6_000, batch=128, lr=1e-3),
-    "resnet9": Schedule(steps=3_000, batch=128, lr=4e-3, weight_decay=0.05, warm=0.1, flat=0.1),
+    "resnet9": Schedule(steps=2_400, batch=128, lr=4e-3, weight_decay=0.05, warm=0.1, flat=0.1),
     "char-gpt": Schedule(steps=2_500, batch=32, lr=2e-3, weight_decay=0.05, warm=0.05, flat=0.3),
 }
 """Tuned for the dense network on training samples held out."""
