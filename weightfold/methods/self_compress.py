@@ -26,11 +26,15 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from weightfold.artifact.coded import CodedTensor
+from weightfold.artifact.format import Builder, Structure, differences
 from weightfold.artifact.matrix import coded_bits
+from weightfold.artifact.packed import promised_bytes
 from weightfold.config import Config
 from weightfold.errors import ConfigError
 from weightfold.gate import call, losses, probing
@@ -39,14 +43,12 @@ from weightfold.graph.group import ChannelGroup
 from weightfold.methods.base import Method, Moment, Proposal
 from weightfold.quant.attached import detach
 from weightfold.quant.budget import Budget, Caution, Ramp, target_bytes
-from weightfold.quant.codes import CodedModel, coded_model, coded_tensor, is_bias, quantisable, trim
+from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, observe_spans
 from weightfold.quant.fake import start
 from weightfold.quant.learner import Learner
 from weightfold.size import file_bytes, unique_state
 
-HEADER_BYTES = 200
-"""About what a file takes besides its tensors."""
 PULL_BITS = 64
 """What a unit of a constant that stands in the way of a removal costs, in bits."""
 MAX_TRIMS = 20
@@ -140,11 +142,13 @@ class SelfCompress(Method):
         self.result: CodedModel | None = None
         self.refused: dict[str, str] = {}
         self._names: list[str] = []
+        self._class = ""
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._learner: Learner | None = None
         self._aim: Ramp | Budget | Caution = Ramp(self.config.strength, self.config.at, self.config.reach)
         self._stuck: dict[str, Tensor] = {}
         self._dwelt: dict[str, Tensor] = {}
-        self._size, self._ratio, self._peak_lr = math.nan, 1.0, 0.0
+        self._size, self._rest, self._ratio, self._peak_lr = math.nan, 0.0, 1.0, 0.0
         self._n_trimmed = 0
         self._loaded: Mapping[str, Any] | None = None
 
@@ -158,6 +162,8 @@ class SelfCompress(Method):
         """
         config = self.config
         self._names, self.refused = quantisable(moment.model, config.tensors)
+        self._class = type(moment.model).__name__
+        self._shapes = {n: tuple(v.shape) for n, v in unique_state(moment.model).items()}
         if not self._names:
             why = "; ".join(f"'{n}': {r}" for n, r in list(self.refused.items())[:3])
             raise ConfigError(f"No parameter can be compressed{': ' + why if why else ''}.")
@@ -172,23 +178,31 @@ class SelfCompress(Method):
             self._aim = Caution(config.max_accuracy_loss)
         if config.target is not None:
             target = target_bytes(config.target, file_bytes(unique_state(moment.model)))
-            least = self._other_bytes(moment.model) + 2 * len(self._names)
+            least = self._least_bytes(moment.model)
             if target < least:
                 raise ConfigError(
-                    f"A file of {target:,} bytes is not possible: without any weight it still takes about {least:,}.",
+                    f"A file of {target:,} bytes is not possible: without any weight it still takes {least:,.0f}.",
                     remedy="Ask for more, or make the network itself smaller.",
                 )
             self._aim = Budget(target, config.at, config.reach)
 
-    def _other_bytes(self, model: nn.Module) -> int:
-        """Bytes of all that has no bits of its own to learn: header, biases, norms and buffers."""
-        total = HEADER_BYTES
-        for name, value in unique_state(model).items():
-            if name in self._names:
-                continue
-            wide = 2 if value.is_floating_point() else value.element_size()
-            total += value.numel() * self.config.bias_bits // 8 if is_bias(name, value) else value.numel() * wide
-        return total
+    def _least_bytes(self, model: nn.Module) -> float:
+        """The file without any weight: header, biases, norms and buffers."""
+        named = dict(model.named_parameters())
+        nothing = {n: (torch.zeros(len(named[n])), torch.full((len(named[n]),), 2.0)) for n in self._names}
+        tensors = coded_model(model, nothing, self.config.bias_bits)
+        coded = dict(tensors.coded)
+        for name in self._names:
+            coded[name] = CodedTensor(np.zeros_like(coded[name].codes), coded[name].steps)
+        return self._promised(replace(tensors, coded=coded))
+
+    def _promised(self, tensors: CodedModel) -> float:
+        """Bytes of the file that holds these tensors, header included."""
+        now = {name: tensor.shape for name, tensor in (*tensors.coded.items(), *tensors.plain.items())}
+        sizes = differences(self._shapes, now, {})
+        builder = Builder(kind="instance", name=self._class)
+        structure = Structure(builder=builder, sizes=sizes, ledger_head="0" * 64, fingerprint="")
+        return promised_bytes(structure, tensors.coded, tensors.plain)
 
     # in training ----------------------------------------------------------------------------------------------------
 
@@ -209,6 +223,11 @@ class SelfCompress(Method):
 
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         return () if self._learner is None else self._learner.optimizers
+
+    @property
+    def promised_bytes(self) -> float:
+        """Bytes of the file by the latest measurement; once converted, of the file that will be written."""
+        return self._size
 
     @property
     def price(self) -> float:
@@ -243,7 +262,7 @@ class SelfCompress(Method):
             self._measure(self._learner, moment)
             self._look(moment)
         elif moment.step % config.refresh == 0:
-            self._size = self._learner.count() * self._ratio / 8 + self._other_bytes(moment.model)
+            self._size = self._learner.count() * self._ratio / 8 + self._rest
         if isinstance(self._aim, Ramp):
             self._aim.update(share)
         elif isinstance(self._aim, Budget) and moment.step % config.refresh == 0:
@@ -259,8 +278,9 @@ class SelfCompress(Method):
         """Count what the file's own coder would take, and keep it on record."""
         estimate, exact = learner.count(), 0.0
         tensors: dict[str, dict[str, float]] = {}
-        for name, parameter, quantiser in learner.parameters():
-            tensor = coded_tensor(parameter, quantiser.exponent_R, quantiser.bits_R)
+        model = self._coded(moment.model)
+        for name in learner.quantisers:
+            tensor = model.coded[name]
             taken = coded_bits(tensor)
             exact += taken
             tensors[name] = {
@@ -270,8 +290,8 @@ class SelfCompress(Method):
                 "of": tensor.codes.size,
                 "bytes": taken / 8,
             }
-        self._ratio = exact / max(estimate, 1.0)
-        self._size = exact / 8 + self._other_bytes(moment.model)
+        self._ratio, self._size = exact / max(estimate, 1.0), self._promised(model)
+        self._rest = self._size - exact / 8
         self.history.append({"step": moment.step, "bytes": self._size, "price": self.price, "tensors": tensors})
 
     def _look(self, moment: Moment) -> None:
@@ -373,12 +393,12 @@ class SelfCompress(Method):
         if self._learner is None:
             return
         self._learner.count()
-        self.result = self._trimmed(self._learner, self._coded(moment.model), moment.model)
+        self.result = self._trimmed(self._learner, self._coded(moment.model))
         self._learner.release()
         self.result.load_into(moment.model)
         n_live, n_all = self.result.n_weights()
         coded = self.result.coded
-        self._size = sum(coded_bits(coded[n]) for n in self._names) / 8 + self._other_bytes(moment.model)
+        self._size = self._promised(self.result)
         body = {
             "step": moment.step,
             "weights": [n_live, n_all],
@@ -389,16 +409,16 @@ class SelfCompress(Method):
         moment.record("precision", body, {})
         self._learner = None
 
-    def _trimmed(self, learner: Learner, model: CodedModel, network: nn.Module) -> CodedModel:
+    def _trimmed(self, learner: Learner, model: CodedModel) -> CodedModel:
         """Where the file is still too large, give up the codes that hold least for what they cost."""
         if not isinstance(self._aim, Budget):
             return model
-        rest, price = self._other_bytes(network), {n: q.price for n, q in learner.quantisers.items()}
+        price = {n: q.price for n, q in learner.quantisers.items()}
         for _ in range(MAX_TRIMS):
-            coded = {n: model.coded[n] for n in self._names}
-            excess = 8 * (rest - self._aim.target) + sum(map(coded_bits, coded.values()))
+            excess = 8 * (self._promised(model) - self._aim.target)
             if excess <= 0:
                 break
+            coded = {n: model.coded[n] for n in self._names}
             after = replace(model, coded={**model.coded, **trim(coded, price, excess)})
             self._n_trimmed += model.n_weights()[0] - after.n_weights()[0]
             model = after
@@ -410,7 +430,7 @@ class SelfCompress(Method):
         return {
             "learner": None if self._learner is None else self._learner.state_dict(),
             "aim": self._aim.to_state(),
-            "numbers": [self._size, self._ratio, self._peak_lr],
+            "numbers": [self._size, self._rest, self._ratio, self._peak_lr],
             "dwelt": dict(self._dwelt),
             "stuck": dict(self._stuck),
             "history": list(self.history),
@@ -418,7 +438,7 @@ class SelfCompress(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._aim.load_state(state["aim"])
-        self._size, self._ratio, self._peak_lr = state["numbers"]
+        self._size, self._rest, self._ratio, self._peak_lr = state["numbers"]
         self._dwelt, self._stuck = dict(state["dwelt"]), dict(state["stuck"])
         self.history = list(state["history"])
         self._loaded = state["learner"]
