@@ -70,7 +70,9 @@ class FoldTo(Fold):
         self.first: dict[str, Tensor] = {}
 
     def _planner(self, moment: Moment, jobs: Sequence[AnyJob], started: float) -> Planner:
-        self.told = Told(moment, self.config, jobs, self._grid(moment), started, share=self.share)
+        self.told = Told(
+            moment, self.config, jobs, self._grid(moment), started, self._trained_before, share=self.share
+        )  # fmt: skip
         return self.told
 
     def _by_dial(self, moment: Moment) -> list[Proposal]:

@@ -45,7 +45,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "folding": ("graph", "price", "redundancy"),
         "heads": ("graph", "price", "redundancy"),
         "plan": ("folding", "forecast", "heads", "latency", "price", "size", "widths"),
-        "planner": ("gate", "graph", "heads", "latency", "plan", "price", "size", "widths"),
+        "planner": ("forecast", "gate", "graph", "heads", "latency", "plan", "price", "size", "widths"),
         "ranks": (),
         "quant": ("gate", "graph", "ranks", "size"),
         "sharded": (),

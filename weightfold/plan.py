@@ -76,12 +76,12 @@ def ladder(jobs: Sequence[AnyJob], grid: Grid) -> list[dict[str, int]]:
 
 
 def candidate(
-    jobs: Sequence[AnyJob], trails: Trails, macs: MacModel, widths: Mapping[str, int], progress: float
+    jobs: Sequence[AnyJob], trails: Trails, macs: MacModel, widths: Mapping[str, int], ripe: float
 ) -> Candidate:
     """Price one set of widths.
 
     Args:
-        progress: share of the run that is over.
+        ripe: how ripe the network is, from `forecast.ripeness`.
     """
     cut = [job for job in jobs if widths[job.group.name] < job.group.n_channels]
     energies = [job.lost_energy(job.kept(widths[job.group.name])) for job in cut]
@@ -91,7 +91,7 @@ def candidate(
     whole = [part for part in parts if part is not None]
     predicted = predict(sum(whole[1:], whole[0])) if whole and len(whole) == len(cut) else None
     error = None if trails.error_percent is None else _floored(trails)
-    price = None if error is None else accuracy_price(error, lost, progress)
+    price = None if error is None else accuracy_price(error, lost, ripe)
     return Candidate(kept, dict(widths), macs.at(widths) / macs.total, predicted, lost, price)
 
 

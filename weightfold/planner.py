@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from weightfold.errors import ConfigError, DataError, WeightfoldError
+from weightfold.forecast import ripeness
 from weightfold.gate import Batch, Loss
 from weightfold.graph.group import ChannelGraph
 from weightfold.heads import HeadJob
@@ -87,6 +88,7 @@ class Planner:
         jobs: what can be folded.
         grid: the widths that groups may have.
         started: when planning began, by `time.perf_counter`: its cost counts.
+        trained_before: whether the run began from trained weights.
 
     Attributes:
         weighed: every candidate that was priced, in order.
@@ -98,6 +100,7 @@ class Planner:
     jobs: Sequence[AnyJob]
     grid: Grid
     started: float
+    trained_before: bool = False
     weighed: list[Candidate] = field(default_factory=list)
     table: Latency | None = None
 
@@ -138,7 +141,8 @@ class Planner:
         return self.scene.step / self.scene.total_steps
 
     def _priced(self, widths: Mapping[str, int]) -> Candidate:
-        self.weighed.append(candidate(self.jobs, self.trails, self.macs, widths, self._done))
+        ripe = ripeness(self._done, self.trained_before)
+        self.weighed.append(candidate(self.jobs, self.trails, self.macs, widths, ripe))
         return self.weighed[-1]
 
     # the choice -----------------------------------------------------------------------------------------------------
@@ -226,6 +230,7 @@ class Planner:
         body = {
             "step": self.scene.step,
             "trigger": trigger,
+            "trained_before": self.trained_before,
             "error_percent": self.trails.error_percent,
             "priced_samples": self.trails.n_samples,
             "candidates": [c.to_record() for c in self.weighed],

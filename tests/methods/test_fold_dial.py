@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import weightfold as wf
 from weightfold.compressor import Compressor
 from weightfold.errors import ConfigError
-from weightfold.forecast import accuracy_price
+from weightfold.forecast import accuracy_price, ripeness, was_trained
 from weightfold.latency import Latency, StepTime
 from weightfold.ledger import Ledger
 from weightfold.methods.fold import Fold
@@ -190,6 +190,37 @@ def test_a_goal_out_of_reach_takes_the_narrowest_and_says_so() -> None:
 def test_the_forecast_grows_with_the_error_and_the_lost_energy() -> None:
     assert accuracy_price(0.0, 0.5, 0.1) == 0.0
     assert accuracy_price(20.0, 0.01, 0.1) < accuracy_price(40.0, 0.01, 0.1) < accuracy_price(40.0, 0.05, 0.1)
+
+
+def test_a_network_trained_before_is_as_ripe_as_one_at_a_tenth_of_its_run() -> None:
+    assert ripeness(0.04, trained_before=False) == 0.04
+    assert ripeness(0.04, trained_before=True) == 0.1
+    assert ripeness(0.3, trained_before=True) == 0.3
+
+
+def test_trained_weights_stand_out_of_noise_whatever_its_law() -> None:
+    torch.manual_seed(0)
+    for draw in (nn.init.kaiming_uniform_, nn.init.orthogonal_, nn.init.normal_, nn.init.xavier_normal_):
+        layers = nn.Sequential(nn.Linear(96, 64), nn.Conv2d(16, 48, 3), nn.Linear(64, 10))
+        for layer in layers:
+            draw(layer.weight)
+        assert not was_trained(layers), draw.__name__
+    with torch.no_grad():
+        for layer in (layers[0], layers[1]):
+            u, v = torch.randn(len(layer.weight)), torch.randn(layer.weight[0].numel())
+            low_rank = torch.outer(u / u.norm(), v / v.norm()).reshape(layer.weight.shape)
+            layer.weight += 2 * torch.linalg.matrix_norm(layer.weight.flatten(1), 2) * low_rank
+    assert was_trained(layers)
+    assert not was_trained(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), "too small to tell"
+
+
+def test_the_plan_says_whether_the_network_was_trained_before(tmp_path: Path) -> None:
+    _, compressor, ledger = run(tmp_path / "a.db", max_accuracy_loss=50.0)
+    [plan] = [entry.body for entry in ledger.entries() if entry.kind == "plan"]
+    assert plan["trained_before"] is False
+    again = Fold(max_accuracy_loss=50.0)
+    again.load_state_dict({**compressor.methods[0].state_dict(), "trained_before": True})
+    assert again.state_dict()["trained_before"] is True
 
 
 def test_a_step_that_is_hardly_quicker_is_not_worth_an_event(tmp_path: Path) -> None:

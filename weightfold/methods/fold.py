@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError
 from weightfold.folding import Job
+from weightfold.forecast import was_trained
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.heads import HeadJob, partner_of
@@ -153,6 +154,7 @@ class Fold(Method):
         self._done = False
         self._signature: dict[str, list[int]] = {}
         self._settled = False
+        self._trained_before = False
         self._seen: list[dict[Key, SecondMoment]] = []
         self.decision: Decision | None = None
 
@@ -202,6 +204,7 @@ class Fold(Method):
         if not groups:
             reasons = "; ".join(f"'{name}': {why}" for name, why in list(refused.items())[:4])
             raise ConfigError(f"No group of this network can be folded: {reasons or 'it has none'}.")
+        self._trained_before = was_trained(moment.model)
         if self.config.dialled and (not moment.probe or moment.loss is None):
             dial = "max_accuracy_loss" if self.config.max_accuracy_loss is not None else "time_goal"
             raise ConfigError(
@@ -272,7 +275,7 @@ class Fold(Method):
         return self._proposals(jobs, decision.chosen.widths, self._grid(moment))
 
     def _planner(self, moment: Moment, jobs: Sequence[AnyJob], started: float) -> Planner:
-        return Planner(moment, self.config, jobs, self._grid(moment), started)
+        return Planner(moment, self.config, jobs, self._grid(moment), started, self._trained_before)
 
     # which ----------------------------------------------------------------------------------------------------------
 
@@ -362,14 +365,21 @@ class Fold(Method):
 
     def state_dict(self) -> dict[str, Any]:
         seen = [{f"{t}|{d}": moment.to_state() for (t, d), moment in found.items()} for found in self._seen]
-        return {"done": self._done, "settled": self._settled, "signature": dict(self._signature), "seen": seen}
+        return {**self.shared_state(), "seen": seen}
 
     def shared_state(self) -> dict[str, Any]:
         """All but the statistics, which the first rank alone takes."""
-        return {"done": self._done, "settled": self._settled, "signature": dict(self._signature), "seen": []}
+        return {
+            "done": self._done,
+            "settled": self._settled,
+            "trained_before": self._trained_before,
+            "signature": dict(self._signature),
+            "seen": [],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._done, self._settled = bool(state["done"]), bool(state["settled"])
+        self._trained_before = bool(state.get("trained_before", False))
         self._signature = {name: list(channels) for name, channels in state["signature"].items()}
         self._seen = [
             {(k.rpartition("|")[0], int(k.rpartition("|")[2])): SecondMoment.from_state(v) for k, v in found.items()}
