@@ -41,13 +41,14 @@ from weightfold.gate import call, losses, probing
 from weightfold.graph.edit import Edit, remove
 from weightfold.graph.group import ChannelGroup
 from weightfold.methods.base import Method, Moment, Proposal
+from weightfold.quant.activations import Activations, Grid
 from weightfold.quant.attached import detach
 from weightfold.quant.budget import Budget, Caution, Ramp, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, observe_spans
 from weightfold.quant.fake import start
 from weightfold.quant.learner import Learner
-from weightfold.size import file_bytes, unique_state
+from weightfold.size import count_macs, file_bytes, unique_state
 
 PULL_BITS = 64
 """What a unit of a constant that stands in the way of a removal costs, in bits."""
@@ -73,6 +74,9 @@ class SelfCompressConfig(Config):
     """learning rate of steps, in octaves; falls with the optimiser's own"""
     bits_lr: float = Field(default=5e-3, ge=0)
     """learning rate of bit widths, in bits, for a row of average cost; 0 keeps the grids as wide as they begin"""
+    activation_strength: float = Field(default=0.0, ge=0)
+    """what the bit operations of a sample cost in the loss, in nats for all those of the float network, each product
+    counted as its bits of weight times bits of input over 32·32; 0: inputs of layers stay float"""
     bias_bits: int = Field(default=8, ge=2, le=16)
     """bits of biases, on one grid for each vector"""
     refresh: int = Field(default=25, ge=1)
@@ -123,6 +127,7 @@ class SelfCompress(Method):
         history: one record for each look: step, bytes of the file, λ; by tensor: bits, rows and weights that live.
         front: networks kept on the way, the smallest first.
         result: tensors of the file, once converted.
+        grids: with ``activation_strength``, the grid of each layer's input, once converted.
 
     Example:
         >>> import weightfold as wf
@@ -140,11 +145,13 @@ class SelfCompress(Method):
         self.history: list[dict[str, Any]] = []
         self.front: list[Point] = []
         self.result: CodedModel | None = None
+        self.grids: dict[str, Grid] = {}
         self.refused: dict[str, str] = {}
         self._names: list[str] = []
         self._class = ""
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._learner: Learner | None = None
+        self._activations: Activations | None = None
         self._aim: Ramp | Budget | Caution = Ramp(self.config.strength, self.config.at, self.config.reach)
         self._stuck: dict[str, Tensor] = {}
         self._dwelt: dict[str, Tensor] = {}
@@ -239,7 +246,10 @@ class SelfCompress(Method):
         if self._learner is None:
             return None
         total = self._learner.penalty(self.price)
-        return total + (self.price * 8 * self._size - total.detach()) + self._pull(self._learner)
+        total = total + (self.price * 8 * self._size - total.detach()) + self._pull(self._learner)
+        if self._activations is not None:
+            total = total + self.config.activation_strength * self._activations.bops(self._weight_bits())
+        return total
 
     def _pull(self, learner: Learner) -> Tensor:
         """Brings constants to zero that no reader can take over."""
@@ -254,9 +264,13 @@ class SelfCompress(Method):
             named = dict(moment.model.named_parameters())
             values = {n: start(named[n], named[n].shape[0], config.resolution) for n in self._names}
             self._learner = Learner(moment.model, values, config.step_lr, config.bits_lr)
+            self._activations = self._new_activations(moment)
             self._measure(self._learner, moment)
             return
-        self._learner.learn(moment.ranks, self.price, self._pace(moment), moment.step)
+        pace = self._pace(moment)
+        scale = self._learner.learn(moment.ranks, self.price, pace, moment.step)
+        if self._activations is not None:
+            self._activations.learn(moment.ranks, scale, pace)
         share = moment.step / moment.total_steps
         if self._due(moment.step, moment.total_steps):
             self._measure(self._learner, moment)
@@ -267,6 +281,25 @@ class SelfCompress(Method):
             self._aim.update(share)
         elif isinstance(self._aim, Budget) and moment.step % config.refresh == 0:
             self._aim.update(share, self._size)
+
+    def _new_activations(self, moment: Moment) -> Activations | None:
+        """Grids at the inputs of all layers whose weights are quantised."""
+        if self.config.activation_strength == 0:
+            return None
+        inputs = [x for x, _ in moment.probe[:2]] or [moment.example]
+        return Activations(moment.model, self._macs(moment), inputs)
+
+    def _macs(self, moment: Moment) -> dict[str, float]:
+        """Multiply-accumulates of each quantised layer, by module path."""
+        found = count_macs(moment.model, moment.example).by_tensor
+        leaves = {n.rpartition(".")[0]: found[n] for n in self._names if n.endswith("weight") and n in found}
+        return {path: float(n) for path, n in leaves.items()}
+
+    def _weight_bits(self) -> dict[str, Tensor]:
+        """Mean bits of the living rows of each layer's weights, by module path."""
+        assert self._learner is not None
+        held = self._learner.quantisers.items()
+        return {n.rpartition(".")[0]: torch.round(q.bits_R.detach()).mean() for n, q in held}
 
     def _pace(self, moment: Moment) -> float:
         """The optimiser's learning rate as a share of its highest so far."""
@@ -292,7 +325,12 @@ class SelfCompress(Method):
             }
         self._ratio, self._size = exact / max(estimate, 1.0), self._promised(model)
         self._rest = self._size - exact / 8
-        self.history.append({"step": moment.step, "bytes": self._size, "price": self.price, "tensors": tensors})
+        record = {"step": moment.step, "bytes": self._size, "price": self.price, "tensors": tensors}
+        if self._activations is not None:
+            self._activations.macs = self._macs(moment)
+            record["bops"] = float(self._activations.bops(self._weight_bits()).detach())
+            record["inputs"] = {path: grid.bits for path, grid in self._activations.grids().items()}
+        self.history.append(record)
 
     def _look(self, moment: Moment) -> None:
         """Look at the probe, and for failures that make no noise."""
@@ -406,6 +444,12 @@ class SelfCompress(Method):
             "promised_bytes": round(self._size),
             "trimmed": self._n_trimmed,
         }
+        if self._activations is not None:
+            self.grids = self._activations.grids()
+            self._activations.release()
+            body["inputs"] = {p: [g.step, g.bits, g.signed] for p, g in self.grids.items()}
+            body["bops"] = self.history[-1]["bops"]
+            self._activations = None
         moment.record("precision", body, {})
         self._learner = None
 
@@ -429,6 +473,7 @@ class SelfCompress(Method):
     def state_dict(self) -> dict[str, Any]:
         return {
             "learner": None if self._learner is None else self._learner.state_dict(),
+            "activations": None if self._activations is None else self._activations.state_dict(),
             "aim": self._aim.to_state(),
             "numbers": [self._size, self._rest, self._ratio, self._peak_lr],
             "dwelt": dict(self._dwelt),
@@ -441,16 +486,19 @@ class SelfCompress(Method):
         self._size, self._rest, self._ratio, self._peak_lr = state["numbers"]
         self._dwelt, self._stuck = dict(state["dwelt"]), dict(state["stuck"])
         self.history = list(state["history"])
-        self._loaded = state["learner"]
+        self._loaded = state
 
     def shared_state(self) -> dict[str, Any]:
-        return {**self.state_dict(), "learner": None}
+        return {**self.state_dict(), "learner": None, "activations": None}
 
     def take_up(self, moment: Moment) -> None:
-        if self._loaded is not None:
-            config = self.config
-            self._learner = Learner.from_state(moment.model, self._loaded, config.step_lr, config.bits_lr)
-        self._loaded = None
+        state, self._loaded = self._loaded, None
+        if state is None or state["learner"] is None:
+            return
+        self._learner = Learner.from_state(moment.model, state["learner"], self.config.step_lr, self.config.bits_lr)
+        self._activations = self._new_activations(moment)
+        if self._activations is not None:
+            self._activations.load_state(state["activations"])
 
 
 def expected_accuracy(moment: Moment) -> float:

@@ -72,6 +72,7 @@ class Learner:
         >>> learner = Learner(layer, {"weight": (torch.full((3,), -3.0), torch.full((3,), 4.0))}, 1e-2, 1e-2)
         >>> (layer(torch.ones(1, 4)).sum() + learner.penalty(1e-6)).backward()
         >>> learner.learn(Ranks(), 1e-6, 1.0, 1)
+        1.0
         >>> learner.release()
     """
 
@@ -121,13 +122,15 @@ class Learner:
             parts.append(rate(parameter, quantiser.exponent_R, quantiser.bits_R, quantiser.price))
         return price * torch.stack(parts).sum() + self._witness
 
-    def learn(self, ranks: Ranks, price: float, pace: float, step: int) -> None:
+    def learn(self, ranks: Ranks, price: float, pace: float, step: int) -> float:
         """One step of exponents and bits.
 
         Args:
             ranks: whose gradients are averaged.
             pace: learning rates as a share of their highest.
             step: of the run, for errors.
+        Returns:
+            scale: what the loss was multiplied by, added up over the ranks; 0 where gradients were not finite.
         Raises:
             ConfigError: the penalty was not in the loss.
             DataError: gradients have not been finite for a while.
@@ -141,7 +144,7 @@ class Learner:
                     f"The loss or its gradients have not been finite for {PATIENCE} steps, up to step {step}.",
                     remedy="Lower the learning rate, or look at the batches of these steps.",
                 )
-            return
+            return 0.0
         self._n_lost = 0
         for tensor, grad in zip(held, parts, strict=True):
             tensor.grad = grad / scale
@@ -156,6 +159,7 @@ class Learner:
         with torch.no_grad():
             for quantiser in self.quantisers.values():
                 quantiser.bits_R.clamp_(MIN_BITS, MAX_BITS)
+        return float(scale)
 
     def _gradients(self, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
         """All gradients end to end, added up over the ranks, the witness's last; they are taken off."""
