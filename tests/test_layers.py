@@ -42,6 +42,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "bounds": ("graph",),
         "lumping": ("graph", "redundancy"),
         "repair": (),
+        "standin": ("graph", "redundancy"),
         "folding": ("graph", "price", "redundancy"),
         "heads": ("graph", "price", "redundancy"),
         "plan": ("folding", "forecast", "heads", "latency", "price", "size", "widths"),

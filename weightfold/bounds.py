@@ -172,6 +172,8 @@ def _at_full_size(twin: nn.Module, graph: ChannelGraph, edit: Edit) -> None:
     group, n = graph[edit.group], edit.n_channels
     every = torch.arange(n)
     if edit.read is None:
+        if edit.write is not None:
+            raise ConfigError("No bound: readers were solved on data for rows that are means.")
         chosen = torch.eye(n, dtype=torch.float64)[edit.carry]
         reads = {key: matrix @ chosen for key, matrix in edit.reads.items()}
         apply(twin, graph, Edit(group.name, "same", n, every, reads=reads, shift=edit.shift))

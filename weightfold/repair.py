@@ -66,6 +66,8 @@ def gauss_newton_(
     iterations: int = 24,
     masks: Mapping[str, Tensor] | None = None,
     damping: float = 1e-3,
+    enough: float = 1e-7,
+    dtype: torch.dtype | None = None,
 ) -> list[float]:
     """Fit all weights of a network to wished outputs, in place.
 
@@ -76,6 +78,8 @@ def gauss_newton_(
         iterations: of conjugate gradients in each.
         masks: which entries of a weight may move, by name; all by default.
         damping: μ at the start.
+        enough: mean square error over the wished outputs' variance at which to stop.
+        dtype: to compute in; float64 by default below two million weights, else the network's own.
     Returns:
         The mean square error before and after each kept round.
     Raises:
@@ -88,9 +92,10 @@ def gauss_newton_(
     """
     _load_forward_mode()
     work = copy.deepcopy(model).eval()
-    small = sum(p.numel() for p in work.parameters()) < 2_000_000 and next(work.parameters()).device.type != "mps"
-    work = work.double() if small else work
-    cast: Callable[[Any], Any] = lambda x: x.double() if small and x.is_floating_point() else x  # noqa: E731
+    if dtype is None and sum(p.numel() for p in work.parameters()) < 2_000_000:
+        dtype = torch.float32 if wished.device.type == "mps" else torch.float64
+    work = work if dtype is None else work.to(dtype)
+    cast: Callable[[Any], Any] = lambda x: x if dtype is None or not x.is_floating_point() else x.to(dtype)  # noqa: E731
     inputs = pytree.tree_map_only(Tensor, cast, inputs)
     wished = cast(wished)
     weights = {n: p.detach() for n, p in work.named_parameters() if p.is_floating_point()}
@@ -102,7 +107,8 @@ def gauss_newton_(
     if not error < float("inf"):
         raise DataError("The network's outputs are not finite.", remedy="Check the inputs and the weights.")
     errors, mu = [error], damping
-    for _ in range(rounds):
+    goal = enough * float((wished - wished.mean(0)).square().mean())
+    for _ in range(rounds if error > goal else 0):
         out, pull = vjp(forward, weights)[:2]
         gradient = _masked({n: g / count for n, g in pull(wished - out)[0].items()}, masks)
         scale = _scales(weights, pull, out, masks)
@@ -120,7 +126,7 @@ def gauss_newton_(
             break
         gain, weights, error = error - now, better, now
         errors.append(error)
-        if gain < 1e-4 * error or error < 1e-24:
+        if gain < 1e-4 * error or error <= goal:
             break
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -193,6 +199,25 @@ def _solve(
 
 def _dot(a: Weights, b: Weights) -> float:
     return sum(float((a[n] * b[n]).sum()) for n in a)
+
+
+def jittered(x: Tensor, n: int, generator: torch.Generator, size: float = 0.1) -> Tensor:
+    """Fill inputs up to n with copies of them, each number moved at random by a share of its column's deviation.
+
+    The network itself says what it gives there, so that a fit with many weights has more than a few inputs to match.
+
+    Args:
+        x: inputs, shape (B, ...), floating.
+        size: standard deviation of the noise over that of the numbers in the same place.
+    Example:
+        >>> jittered(torch.randn(10, 3), 64, torch.Generator().manual_seed(0)).shape
+        torch.Size([64, 3])
+    """
+    if len(x) >= n:
+        return x
+    rows = torch.randint(len(x), (n - len(x),), generator=generator)
+    noise = torch.randn((len(rows), *x.shape[1:]), generator=generator, dtype=x.dtype)
+    return torch.cat([x, x[rows] + size * x.std(0, keepdim=True) * noise])
 
 
 @torch.no_grad()

@@ -32,18 +32,16 @@ from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError
 from weightfold.graph.apply import apply
 from weightfold.graph.edit import Edit, remove
-from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
-from weightfold.graph.observe import Key, SecondMoment, axis_rows, rows_of
+from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.trace import arguments
 from weightfold.heads import members_of, partner_of
 from weightfold.lumping import equal_rows, head_rows, lumped
 from weightfold.methods.base import Method, Moment, Proposal, named_groups
-from weightfold.redundancy import Reader, apart, choose, takes_mean
+from weightfold.redundancy import takes_mean
 from weightfold.repair import distance
+from weightfold.standin import first_rows, observable, paired, represent, solved
 from weightfold.widths import Grid, Widths
 
-MAX_ROWS = 16_384
-"""Samples and positions that a reader's least squares take at most."""
 TILTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0)
 """Powers of two between the shares that the first and the last group keep: widths that are tried."""
 
@@ -153,17 +151,36 @@ class Lump(Method):
             group = next((g for g in graph if g.name == name), None)
             if group is None or "merge" not in group.admits:
                 continue
-            seen = _first_rows(twin, group, example)
+            seen = first_rows(twin, group, example)
             found = lumped(twin, group, float(self.config.eps), self.config.linkage, seen)
             if found is None:
                 continue
             edit = found.edit(group)
+            whole_group = moment.graph[name]
+            if self.inputs and observable(group) and group.n_channels == whole_group.n_channels:
+                edit = self._compensated(moment.model, whole_group, twin, graph, edit)
             graph, _ = apply(twin, graph, edit)
             out.append(Proposal(edit, self._why(edit, found.kinds, found.mean)))
         return out
 
+    def _compensated(
+        self, whole: nn.Module, before: ChannelGroup, twin: nn.Module, graph: ChannelGraph, edit: Edit
+    ) -> Edit:
+        """The same lumping, with the readers solved for what they read in the whole network."""
+        trial = copy.deepcopy(twin)
+        after, _ = apply(trial, graph, edit)
+        pairs = paired(whole, before, trial, after[edit.group], self.inputs)
+        reads, shift = {}, {}
+        for axis in graph[edit.group].role("read"):
+            wished, now = pairs[axis.key]
+            reads[axis.key], left = solved(axis, wished, now, edit.carry, self.config.ridge, takes_mean(twin, axis))
+            if left is not None:
+                shift[axis.key] = left
+        return Edit(edit.group, "lump", edit.n_channels, edit.carry, write=edit.write, reads=reads, shift=shift)
+
     def _why(self, edit: Edit, kinds: Mapping[str, int], mean: bool) -> dict[str, Any]:
-        blocks = edit.B.abs().argmax(1).tolist()
+        read = edit.B if not edit.reads else next(iter(edit.reads.values()))
+        blocks = read.abs().argmax(1).tolist()
         return {
             "metric": "distance of what writes the channels",
             "unit": "share of the group's median row norm",
@@ -173,7 +190,7 @@ class Lump(Method):
             "rows": "weighted mean" if mean else "of the representative",
             "kinds": {kind: n for kind, n in kinds.items() if n},
             "dropped": [
-                {"channel": i, "partner": int(edit.carry[k]), "coefficient": float(edit.B[i, k])}
+                {"channel": i, "partner": int(edit.carry[k]), "coefficient": float(read[i, k])}
                 for i, k in enumerate(blocks)
                 if i not in set(edit.carry.tolist())
             ],
@@ -221,7 +238,7 @@ class Lump(Method):
     def _by_target(self, twin: nn.Module, moment: Moment) -> list[Proposal]:
         share = 0.5 if self.config.target is None else self.config.target
         inputs = self.inputs or [x for x, _ in moment.probe] or surrogate(moment, self.config.samples)
-        groups = [g for g in self._groups(moment.graph) if _refittable(g)]
+        groups = [g for g in self._groups(moment.graph) if observable(g)]
         if not groups:
             raise ConfigError("No group can be lumped to a target: nothing that can be observed reads one.")
         best: tuple[float, list[Proposal]] | None = None
@@ -275,7 +292,7 @@ class Lump(Method):
         for name in names:
             group = graph[name]
             width = widths[name]
-            pairs = _paired(whole, moment.graph[name], trial, group, inputs)
+            pairs = paired(whole, moment.graph[name], trial, group, inputs)
             edit, value = represent(trial, group, width, pairs, self.config.ridge)
             graph, _ = apply(trial, graph, edit)
             why = {
@@ -300,68 +317,6 @@ class Lump(Method):
         self._done = bool(state["done"])
 
 
-Pairs = dict[Key, tuple[Tensor, Tensor]]
-"""What a reader reads in the whole network and in the lumped one, shapes (N, C), by reader."""
-
-
-def represent(model: nn.Module, group: ChannelGroup, width: int, pairs: Pairs, ridge: float) -> tuple[Edit, float]:
-    """Keep some channels, and solve the readers for what they read in the whole network.
-
-    Args:
-        width: channels to keep.
-        pairs: samples of all channels, whole and lumped so far.
-    Returns:
-        The edit, and the relative error of the readers' outputs that it leaves, the mean over readers.
-    """
-    readers = []
-    for axis in group.role("read"):
-        now = pairs[axis.key][1]
-        moment = SecondMoment.of_samples(now)
-        centred = takes_mean(model, axis)
-        second = (moment.covariance() if centred else moment.second()).numpy()
-        gram = sum((rows @ rows.T for rows in axis_rows(model, axis)), torch.zeros(())).numpy()
-        mask = apart(axis)
-        readers.append(Reader(axis.key, second * mask, gram * mask, len(now)))
-    block = None if group.block is None else group.block.numpy()
-    path = choose(readers, block, max(ridge, 1e-4), least=width)
-    keep = torch.from_numpy(path.kept(group.n_channels, width))
-    reads, shift, errors = {}, {}, []
-    for axis in group.role("read"):
-        whole, now = pairs[axis.key]
-        reads[axis.key], left = _solved(axis, whole, now, keep, ridge, takes_mean(model, axis))
-        if left is not None:
-            shift[axis.key] = left
-        weight = torch.cat(axis_rows(model, axis), 1)
-        wished = whole - whole.mean(0)
-        rest = wished - (now - now.mean(0))[:, keep] @ reads[axis.key].T
-        errors.append(float((rest @ weight).square().sum() / (wished @ weight).square().sum().clamp_min(1e-300)))
-    return Edit(group.name, "lump", group.n_channels, keep, reads=reads, shift=shift), float(np.mean(errors))
-
-
-def _solved(
-    axis: Axis, whole: Tensor, now: Tensor, keep: Tensor, ridge: float, centred: bool
-) -> tuple[Tensor, Tensor | None]:
-    """B of shape (C, K) and what is left for the bias, drawn towards reading the kept channels as they are."""
-    n = whole.shape[1]
-    start = torch.zeros(n, len(keep), dtype=torch.float64)
-    start[keep, torch.arange(len(keep))] = 1
-    mean, mean_now = (whole.mean(0), now.mean(0)) if centred else (torch.zeros(n).double(),) * 2
-    x, y = (now - mean_now)[:, keep], whole - mean
-    inner = x.T @ x / len(x)
-    scale = float(inner.diagonal().mean())
-    inner = inner + max(ridge, 1e-12) * (scale if scale > 0 else 1.0) * torch.eye(len(keep), dtype=torch.float64)
-    cross = (y - x @ start.T).T @ x / len(x)
-    have = (axis.index >= 0).any(1)
-    slab = axis.index[:, 0] // (axis.size // axis.slabs)
-    mask = have[:, None] & have[keep] & (slab[:, None] == slab[keep])
-    found = (start + torch.linalg.solve(inner, cross.T).T) * mask
-    return found, (mean - found @ mean_now[keep]) * have if centred else None
-
-
-def _refittable(group: ChannelGroup) -> bool:
-    return bool(group.role("read")) and all(axis.tap is not None for axis in group.role("read"))
-
-
 def _count(graph: ChannelGraph, names: set[str], widths: Widths) -> int:
     """Parameters at some widths; those not named stay."""
     shapes = {name: [float(n) for n in graph.shapes[name]] for name in names}
@@ -371,9 +326,6 @@ def _count(graph: ChannelGraph, names: set[str], widths: Widths) -> int:
             if axis.tensor in shapes:
                 shapes[axis.tensor][axis.dim] -= share * int((axis.index >= 0).sum()) / axis.slabs
     return round(sum(float(np.prod(shape)) for shape in shapes.values()))
-
-
-# inputs ---------------------------------------------------------------------------------------------------------------
 
 
 def surrogate(moment: Moment, n_samples: int) -> list[Any]:
@@ -400,64 +352,3 @@ def _batch(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _single(model: nn.Module) -> bool:
     return any(p.dtype != torch.float64 for p in model.parameters() if p.is_floating_point())
-
-
-@torch.no_grad()
-def _first_rows(
-    model: nn.Module, group: ChannelGroup, example: tuple[tuple[Any, ...], dict[str, Any]]
-) -> dict[Key, Tensor]:
-    """One row of what each reader reads; empty where one cannot be seen."""
-    if not _refittable(group):
-        return {}
-    found: dict[Key, Tensor] = {}
-    with _watching(model, group, found, 1):
-        model(*example[0], **example[1])
-    return {key: rows[0].double() for key, rows in found.items()} if len(found) == len(group.role("read")) else {}
-
-
-@torch.no_grad()
-def _paired(
-    whole: nn.Module, before: ChannelGroup, lumped_: nn.Module, group: ChannelGroup, inputs: Sequence[Any]
-) -> Pairs:
-    """What the readers of a group read in two networks on the same inputs."""
-    limit = max(1, MAX_ROWS // max(len(inputs), 1))
-    kept: tuple[dict[Key, list[Tensor]], dict[Key, list[Tensor]]] = ({}, {})
-    for model, own, store in ((whole, before, kept[0]), (lumped_, group, kept[1])):
-        for batch in inputs:
-            seen: dict[Key, Tensor] = {}
-            with _watching(model, own, seen, limit):
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
-            for key, rows in seen.items():
-                store.setdefault(key, []).append(rows.double().cpu())
-    missing = [axis.tensor for axis in group.role("read") if axis.key not in kept[0] or axis.key not in kept[1]]
-    if missing:
-        raise DataError(f"Nothing reached '{missing[0]}' while the inputs were run.", remedy="Pass other inputs.")
-    return {key: (torch.cat(rows), torch.cat(kept[1][key])) for key, rows in kept[0].items()}
-
-
-class _watching:
-    """Take rows from the inputs of a group's readers while a model runs."""
-
-    def __init__(self, model: nn.Module, group: ChannelGroup, store: dict[Key, Tensor], limit: int) -> None:
-        self.model, self.group, self.store, self.limit = model, group, store, limit
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for axis in self.group.role("read"):
-            assert axis.tap is not None
-            path, dim = axis.tap
-            module = self.model.get_submodule(path)
-            self.handles.append(module.register_forward_pre_hook(self._hook(axis, dim), with_kwargs=True))
-
-    def _hook(self, axis: Axis, dim: int) -> Any:
-        def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if x is not None and x.numel():
-                rows = rows_of(x.detach(), dim, axis.index, None if self.limit == 1 else self.limit)
-                self.store[axis.key] = torch.cat([self.store[axis.key], rows]) if axis.key in self.store else rows
-
-        return take
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
