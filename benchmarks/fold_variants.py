@@ -8,6 +8,7 @@ of processor time tell what they cost.
 
     dense        no event
     fold         one event at 6 % of the steps
+    unbalanced   the same without evening out writers and readers
     late         the same at 25 %
     two          to the square root of the share at 6 %, the rest at 25 %
     many         five events between 4 and 20 %
@@ -36,6 +37,8 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,8 +57,10 @@ from fold_training import scratch
 from fold_unshare import Reserve, by_need, split_most
 
 from weightfold.compressor import Compressor
+from weightfold.folding import Job
+from weightfold.graph.observe import SecondMoment
 from weightfold.methods.attract import Attract
-from weightfold.methods.base import Method
+from weightfold.methods.base import Key, Method, Moment
 from weightfold.methods.fold import Fold
 from weightfold.size import MacModel
 
@@ -66,11 +71,22 @@ LOOK = 8
 UNSHARED = ("return", "need", "split", "again")
 
 
+class Unbalanced(Fold):
+    """`Fold` whose readers keep all of the weight that they take over."""
+
+    name = "fold"
+
+    def _jobs(self, moment: Moment, statistics: Mapping[Key, SecondMoment]) -> list[Job]:
+        return [replace(job, balance=False) for job in super()._jobs(moment, statistics)]
+
+
 def methods_of(variant: str, keep: float) -> list[Method]:
     """The events of a variant."""
     one = {"align": 8, "stats_batches": LOOK}
     if variant in ("fold", "rewarm", "distil"):
         return [Fold(keep=keep, at=EVENT, **one)]
+    if variant == "unbalanced":
+        return [Unbalanced(keep=keep, at=EVENT, **one)]
     if variant == "late":
         return [Fold(keep=keep, at=LATE, **one)]
     if variant == "two":
@@ -171,7 +187,7 @@ def rewarmed(variant: str, since: int, steps: int) -> float:
 
 
 VARIANTS = (
-    "dense", "fold", "late", "two", "many", "attract", "rewarm", "distil", "magnitude", "samples", "fisher", *UNSHARED,
+    "dense", "fold", "unbalanced", "late", "two", "many", "attract", "rewarm", "distil", "magnitude", "samples", "fisher", *UNSHARED,
     "scratch",
 )  # fmt: skip
 

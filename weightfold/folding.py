@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,12 @@ from torch import Tensor
 
 from weightfold.graph.edit import Edit, fold
 from weightfold.graph.group import ChannelGroup
+from weightfold.graph.observe import Key
 from weightfold.price import Trails
 from weightfold.redundancy import Floats, Path, Reader
+
+MOST = 100.0
+"""Factor by which balancing takes a column to have grown or shrunk, at most."""
 
 ROUGH = 0.01
 """Ridge from which float32 solves a wide group's maps to three digits: their condition number is at most C / ridge."""
@@ -27,6 +31,7 @@ class Job:
         norms: norm of the weights that write each channel: the control "magnitude", shape (C,).
         random: a random score: the control "random", shape (C,).
         choice: which of the orders is followed: "redundancy", "magnitude" or "random".
+        balance: whether the edit evens out writers and readers, where the group admits it.
         exact: whether the order comes from exact elimination.
         latest: each reader's latest map, with the kept set that it is for, by the reader's id.
         energies: lost energy by kept set, as far as it was asked for.
@@ -40,6 +45,7 @@ class Job:
     ridge: float
     exact: bool
     choice: str = "redundancy"
+    balance: bool = False
     latest: dict[int, tuple[bytes, Floats]] = field(default_factory=dict)
     energies: dict[bytes, float] = field(default_factory=dict)
 
@@ -85,16 +91,38 @@ class Job:
         return total
 
     def edit(self, keep: Floats) -> Edit:
-        """The fold onto a kept set."""
+        """The fold onto a kept set.
+
+        Readers' columns grow by what they take over, and with them the gradients of what writes the kept channels: at
+        the learning rate of the wide network, training can then leap out of its valley. Where channels may be rescaled,
+        each is scaled by the root of its columns' growth, so that writers grow as much as readers.
+        """
         drop = self._dropped(keep)
         maps = {r.key: self._map(r, keep, drop) for r in self.readers}
         shift = {r.key: r.shift(keep, drop, maps[r.key]) for r in self.readers if r.mean_C is not None}
-        return fold(
+        found = fold(
             self.group,
             torch.from_numpy(keep),
             {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in maps.items()},
             {key: torch.from_numpy(value) for key, value in shift.items()},
         )
+        gauge = _gauge(self.group) if self.balance else None
+        if gauge is None:
+            return found
+        return replace(found, scale=torch.from_numpy(self._growth(keep, drop, maps) ** 0.5), gauge=gauge)
+
+    def _growth(self, keep: Floats, drop: Floats, maps: Mapping[Key, Floats]) -> Floats:
+        """How much the norm of what reads each kept channel grows, shape (K,), between 1 / `MOST` and `MOST`."""
+        before_K = after_K = np.zeros(len(keep))
+        for reader in self.readers:
+            map_SK, gram_SK = maps[reader.key], reader.gram_CC[np.ix_(drop, keep)]
+            own_K = np.diag(reader.gram_CC)[keep]
+            taken_SK = reader.gram_CC[np.ix_(drop, drop)] @ map_SK
+            before_K = before_K + own_K
+            after_K = after_K + own_K + ((2 * gram_SK + taken_SK) * map_SK).sum(0)
+        idle_K = before_K <= 0
+        growth_K = np.sqrt(np.maximum(after_K, 0) / np.where(idle_K, 1.0, before_K))
+        return np.where(idle_K, 1.0, np.clip(growth_K, 1 / MOST, MOST))
 
     def _map(self, reader: Reader, keep: Floats, drop: Floats) -> Floats:
         """M of a reader; asked for the same kept set again, it is not solved again."""
@@ -117,6 +145,7 @@ class Job:
             "value": lost_energy,
             "choice": self._method(),
             "ridge": self.ridge,
+            "balanced": self.balance and _gauge(self.group) is not None,
             "readers": {r.key[0]: r.count for r in self.readers},
             "dropped": [
                 {"channel": int(i), "cost": float(c), **partner}
@@ -166,6 +195,15 @@ class Job:
         value = self.lost_energy(_top(score, self.group.block, width))
         reason = "larger predicted error" if value > chosen else "no larger predicted error; the choice is greedy"
         return {"choice": choice, "value": value, "reason": reason}
+
+
+def _gauge(group: ChannelGroup) -> int | None:
+    """The number of the gauge that scales each channel by a factor of its own; None where there is none."""
+    for number, gauge in enumerate(group.gauges):
+        every = torch.equal(torch.sort(gauge.channel).values, torch.arange(group.n_channels))
+        if gauge.kind == "positive" and every:
+            return number
+    return None
 
 
 def _top(score: Floats, block: Tensor | None, width: int) -> Floats:

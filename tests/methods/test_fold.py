@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import weightfold as wf
 from weightfold import models
 from weightfold.errors import ConfigError, DataError
 from weightfold.graph.apply import apply
-from weightfold.graph.observe import Observer
+from weightfold.graph.observe import Observer, gather
 from weightfold.methods.base import Moment, Proposal
 from weightfold.methods.fold import Fold, FoldConfig
 from weightfold.models import Classes, ImageInput, NextToken, TaskSpec, TextInput
@@ -138,6 +139,37 @@ def test_the_predicted_error_is_the_measured_one(
         energy = (before - layer.bias.detach()[:, None, None]).square().sum()
     measured = float((after - before).square().sum() / energy)
     assert proposal.predicted == pytest.approx(measured, rel=1e-6)
+
+
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (400, 5)), (conv, (40, 2, 8, 8))])
+def test_a_fold_in_training_is_balanced_and_computes_the_same(make: Callable[[], nn.Module], shape: Any) -> None:
+    x = draw(*shape)
+    outputs, norms = [], []
+    for balance in (False, True):
+        model = seeded(make)
+        moment = moment_of(model, x, step=1, total_steps=10)
+        method = Fold(keep=0.4, at=0.1, ridge=0.1)
+        job = method._jobs(moment, moment.statistics)[0]
+        before = gather(model, job.group, ("read",)).norm(dim=1)
+        keep = job.kept(job.group.n_channels // 3)
+        graph, _ = apply(model, moment.graph, replace(job, balance=balance).edit(keep))
+        outputs.append(model(x))
+        group = graph[job.group.name]
+        norms.append(
+            [gather(model, group, (role,)).norm(dim=1) for role in ("write", "pointwise", "read") if group.role(role)]
+        )
+    assert torch.allclose(*outputs, rtol=1e-9, atol=1e-10)
+    growth = norms[0][-1] / before[keep]
+    assert torch.allclose(norms[1][-1] / before[keep], growth.sqrt()), "readers grow by the root"
+    assert float(growth.max()) > 1
+
+
+def test_what_may_not_be_rescaled_is_not_balanced() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)))
+    moment = moment_of(model, draw(400, 6), step=1, total_steps=10)
+    [proposal] = Fold(keep=0.5, at=0.1).step(moment)
+    assert proposal.edit.scale is None
+    assert proposal.why["balanced"] is False
 
 
 def test_a_grouped_convolution_folds_within_its_groups() -> None:

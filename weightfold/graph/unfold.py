@@ -2,7 +2,7 @@
 
 With W the tensor before the edit, W' what the edit made of it and N what training has made of W' since,
 
-    W + E (N - W'),    E the embedding of the narrow tensor into the wide one
+    W + E (N - W'),    E the embedding of the narrow tensor into the wide one, at the wide one's scale
 
 (kept channels stand where they stood; a merged channel's change goes to each of its members). Applying the edit again
 gives N, so the network differs from the narrow one by no more than what the edit had left out. With N = W' it is the
@@ -21,7 +21,7 @@ from weightfold.graph import optim
 from weightfold.graph.apply import Companion, Undo, after, axes_of, changed_biases, find_tensor, new_value, put_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
-from weightfold.graph.layout import from_front, layout, to_front
+from weightfold.graph.layout import from_front, gauge_factors, layout, scale_rows, to_front
 from weightfold.graph.sizes import sync_sizes
 from weightfold.graph.trace import flush_caches
 
@@ -33,6 +33,7 @@ def unfold(
     old: Mapping[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer] = (),
     old_states: Mapping[str, Mapping[str, Any]] | None = None,
+    shifted: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Take the latest edit of a model back, keeping what was trained since.
 
@@ -42,6 +43,7 @@ def unfold(
         old: every tensor that the edit replaced, as it was before, by name.
         optimizers: whose state follows.
         old_states: state from before the edit by tensor; what is missing starts at zero.
+        shifted: biases that took a constant over, as the edit left them; without them they are made anew from ``old``.
     Raises:
         EditError: the model has not the tensors of that graph.
     Example:
@@ -57,7 +59,7 @@ def unfold(
     """
     group, narrow = graph_before[edit.group], after(graph_before, edit)[edit.group]
     flush_caches(model)
-    values = _reopened(model, group, narrow, edit, old)
+    values = _reopened(model, group, narrow, edit, old, shifted)
     names = [name for name in values if any(axis.tensor == name for axis in group.axes)]
     states = {name: _states(model, name, group, narrow, edit, optimizers, old_states or {}) for name in names}
     for name, value in values.items():
@@ -75,7 +77,8 @@ def unfold_undo(
     """The same from an `Undo` that is still in memory; averaged copies of the model follow."""
     for target, old in undo.by_module():
         states = {name: state for _, module, name, state in undo.optimizer if module is target}
-        unfold(target, graph_before, edit, old, optimizers if states else (), states)
+        shifted = {name: value for module, name, value in undo.shifted if module is target}
+        unfold(target, graph_before, edit, old, optimizers if states else (), states, shifted or None)
     group, narrow = graph_before[edit.group], after(graph_before, edit)[edit.group]
     for mapping, old in undo.by_mapping():
         names = {spelling: graph_before.aliases.get(spelling, spelling) for spelling in old}
@@ -84,10 +87,15 @@ def unfold_undo(
 
 
 def _reopened(
-    target: Companion, group: ChannelGroup, narrow: ChannelGroup, edit: Edit, old: Mapping[str, Tensor]
+    target: Companion,
+    group: ChannelGroup,
+    narrow: ChannelGroup,
+    edit: Edit,
+    old: Mapping[str, Tensor],
+    shifted: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """W + E (N - W') of every tensor."""
-    shifted = changed_biases(old.get, group, edit)
+    shifted = changed_biases(old.get, group, edit) if shifted is None else shifted
     out = {}
     for name, before in old.items():
         now = find_tensor(target, name)[2] if isinstance(target, nn.Module) else target[name]
@@ -97,10 +105,16 @@ def _reopened(
     return out
 
 
-def widen(value: Tensor, group: ChannelGroup, narrow: ChannelGroup, edit: Edit, tensor: str) -> Tensor:
-    """E: put a narrow tensor where it stood in the wide one; zero elsewhere."""
+def widen(value: Tensor, group: ChannelGroup, narrow: ChannelGroup, edit: Edit, tensor: str, power: int = -1) -> Tensor:
+    """E: put a narrow tensor where it stood in the wide one; zero elsewhere.
+
+    Args:
+        power: what becomes of the edit's factors: -1 for weights, 1 for gradients, 2 for their squares.
+    """
     for wide, thin in reversed(list(zip(axes_of(group, tensor), axes_of(narrow, tensor), strict=True))):
         front = to_front(value, thin.dim, thin.slabs)
+        factors = gauge_factors(group, wide, edit, layout(group, wide, edit))
+        front = front if factors is None else scale_rows(front, factors**power)
         value = from_front(_widened(front, wide, thin, group, edit), wide.dim, wide.slabs)
     return value
 
@@ -161,7 +175,8 @@ def _state(
         if not isinstance(value, Tensor) or value.ndim == 0:
             out[key] = value
         elif value.shape == parameter.shape:
-            today = widen(value.detach().double().cpu(), group, narrow, edit, name)
+            power = 2 if key in optim.SQUARE else 1 if key in optim.GRADIENT | optim.MAGNITUDE else -1
+            today = widen(value.detach().double().cpu(), group, narrow, edit, name, power)
             before = old[key].detach().double().cpu() if key in old else torch.zeros_like(today)
             out[key] = torch.where(kept, today, before).to(value.device, value.dtype)
         else:

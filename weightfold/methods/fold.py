@@ -322,7 +322,8 @@ class Fold(Method):
         path = choose(readers, block, ridge, self._least(group, moment), exact)
         norms = gather(moment.model, group).norm(dim=1).numpy()
         random = torch.rand(group.n_channels, generator=moment.generator).numpy()
-        return Job(group, readers, path, norms, random, ridge, group.n_channels <= exact, self.config.choice)
+        balance = moment.total_steps > 0
+        return Job(group, readers, path, norms, random, ridge, group.n_channels <= exact, self.config.choice, balance)
 
     def _head_jobs(self, moment: Moment, statistics: Mapping[Key, SecondMoment]) -> list[HeadJob]:
         """The attention layers whose heads can be folded."""
