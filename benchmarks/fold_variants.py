@@ -187,8 +187,8 @@ def rewarmed(variant: str, since: int, steps: int) -> float:
 
 
 VARIANTS = (
-    "dense", "fold", "unbalanced", "late", "two", "many", "attract", "rewarm", "distil", "magnitude", "samples", "fisher", *UNSHARED,
-    "scratch",
+    "dense", "fold", "unbalanced", "late", "two", "many", "attract", "rewarm", "distil", "magnitude", "samples",
+    "fisher", *UNSHARED, "scratch",
 )  # fmt: skip
 
 
