@@ -91,7 +91,10 @@ SCHEDULES = {
     "resnet9": Schedule(steps=2_400, batch=128, lr=4e-3, weight_decay=0.05, warm=0.1, flat=0.1),
     "char-gpt": Schedule(steps=2_500, batch=32, lr=2e-3, weight_decay=0.05, warm=0.05, flat=0.3),
 }
-"""Tuned for the dense network on training samples held out."""
+"""Usual values, chosen for the dense network with hardly any tuning.
+
+CPU minutes of a dense run on one thread: 1, 3, 11 and 7.
+"""
 
 
 @dataclass(frozen=True, eq=False)

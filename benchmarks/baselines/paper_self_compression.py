@@ -14,8 +14,10 @@ consumer's weights and its optimiser state, once its bias is below one step of A
 counted as the paper does: a consumer reads the union of what its producers keep.
 
 Not in the paper, and chosen here: the weight of the L1 penalty (0.01), the learning rate's course (the bed's own, for
-both groups), weight decay 5e-4 on resnet9 alone (the paper's value), and the start of e (2**(b-1) steps reach the
-largest weight). Bits act on the rows of embeddings too. Three sizes are reported:
+both groups), batches of 512 images for as many samples as the bed's schedule takes (its 128 did worse: 97.5 % in
+16.0 kB against 97.6 % in 13.9 kB, coded, on lenet-300-100), weight decay 5e-4 on resnet9 alone (the paper's value), and
+the start of e (2**(b-1) steps reach the largest weight). Bits act on the rows of embeddings too. Three sizes are
+reported:
 
     billed   sum of b times the kept weights, nothing else: as the paper counts
     packed   whole bits for as many values as a channel's grid has, and per kept channel 4 bits for their number, 16 for
