@@ -49,6 +49,8 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "nothing is cut out": {"remove": False},
     "cut at the first look": {"dwell": 1},
     "cut after ten looks": {"dwell": 10},
+    "no way back": {"regrowth": False},
+    "guard batches, 0.02 nats": {"guard": 0.02},
     "late pressure": {"reach": 0.7},
     "coarse steps": {"resolution": 1.0},
     "fine steps": {"resolution": 0.25},

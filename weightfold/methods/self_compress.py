@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -46,13 +47,17 @@ from weightfold.quant.attached import detach
 from weightfold.quant.budget import Budget, Caution, Ramp, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, observe_spans
-from weightfold.quant.fake import start
+from weightfold.quant.fake import start, step_index
 from weightfold.quant.learner import Learner
 from weightfold.size import count_macs, file_bytes, unique_state
 
 PULL_BITS = 64
 """What a unit of a constant that stands in the way of a removal costs, in bits."""
 MAX_TRIMS = 20
+RELIEF = 0.25
+"""What is left of λ while the guard holds."""
+PATIENT_STEPS = 50
+"""Steps after which a tensor whose codes have never changed is worth a warning, from half of the run on."""
 
 
 class SelfCompressConfig(Config):
@@ -85,6 +90,10 @@ class SelfCompressConfig(Config):
     """how often dead channels are looked for and the file is measured, as a share of the steps"""
     dwell: int = Field(default=2, ge=1)
     """looks in a row at which a channel must be dead before it is cut"""
+    regrowth: bool = True
+    """whether weights that are clipped, or whose row is zero, still learn, so that they may come back"""
+    guard: float | None = Field(default=None, gt=0)
+    """rise of the probe loss over its best, in nats, at which pressure eases until it has recovered; None: never"""
     remove: bool = True
     """whether dead channels are cut out of the network; otherwise their codes are zero"""
     tensors: str | None = None
@@ -139,6 +148,7 @@ class SelfCompress(Method):
 
     name: ClassVar[str] = "self_compress"
     Config: ClassVar[type[Config]] = SelfCompressConfig
+    alone: ClassVar[bool] = True
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         super().__init__(config, **settings)
@@ -155,8 +165,10 @@ class SelfCompress(Method):
         self._aim: Ramp | Budget | Caution = Ramp(self.config.strength, self.config.at, self.config.reach)
         self._stuck: dict[str, Tensor] = {}
         self._dwelt: dict[str, Tensor] = {}
+        self._still: dict[str, int] = {}
         self._size, self._rest, self._ratio, self._peak_lr = math.nan, 0.0, 1.0, 0.0
         self._n_trimmed = 0
+        self._best_loss, self._guarded = math.inf, False
         self._loaded: Mapping[str, Any] | None = None
 
     # before the first batch -----------------------------------------------------------------------------------------
@@ -239,7 +251,7 @@ class SelfCompress(Method):
     @property
     def price(self) -> float:
         """λ now: what a bit costs in the loss, in nats."""
-        return self._aim.price
+        return self._aim.price * (RELIEF if self._guarded else 1.0)
 
     def penalty(self) -> Tensor | None:
         """λ times the bits of the file; its value is what the last count of the codes says."""
@@ -263,9 +275,10 @@ class SelfCompress(Method):
         if self._learner is None:
             named = dict(moment.model.named_parameters())
             values = {n: start(named[n], named[n].shape[0], config.resolution) for n in self._names}
-            self._learner = Learner(moment.model, values, config.step_lr, config.bits_lr)
+            self._learner = Learner(moment.model, values, config.step_lr, config.bits_lr, config.regrowth)
             self._activations = self._new_activations(moment)
             self._measure(self._learner, moment)
+            self._still = self._checksums()
             return
         pace = self._pace(moment)
         scale = self._learner.learn(moment.ranks, self.price, pace, moment.step)
@@ -305,7 +318,7 @@ class SelfCompress(Method):
         """The optimiser's learning rate as a share of its highest so far."""
         rates = [float(g["lr"]) for o in moment.optimizers for g in o.param_groups]
         self._peak_lr = max([self._peak_lr, *rates])
-        return max(rates) / self._peak_lr if self._peak_lr > 0 else 1.0
+        return max(rates) / self._peak_lr if self._peak_lr > 0 else float(not rates)
 
     def _measure(self, learner: Learner, moment: Moment) -> None:
         """Count what the file's own coder would take, and keep it on record."""
@@ -336,16 +349,46 @@ class SelfCompress(Method):
         """Look at the probe, and for failures that make no noise."""
         if isinstance(self._aim, Caution):
             self._aim.update(float(moment.ranks.shared(expected_accuracy(moment) if moment.ranks.leads else 0.0)))
+        if self.config.guard is not None and moment.probe and moment.loss is not None:
+            own = losses(moment.model, moment.probe, moment.loss, moment.autocast) if moment.ranks.leads else [0.0]
+            loss = float(moment.ranks.shared(sum(own) / len(own)))
+            self._best_loss = min(self._best_loss, loss)
+            self._guarded = loss > self._best_loss + self.config.guard
         late = moment.step >= self.config.reach * moment.total_steps / 2
         if self.config.pareto and late and moment.probe and moment.loss is not None and moment.ranks.leads:
             found = losses(moment.model, moment.probe, moment.loss, moment.autocast)
             self._keep_point(moment, sum(found) / len(found))
+        if moment.ranks.leads:
+            self._warn(moment)
+
+    def _warn(self, moment: Moment) -> None:
+        """Tell of layers that have gone to zero, and of those that do not move."""
         before = self.history[-2]["tensors"] if len(self.history) > 1 else {}
         for name, found in self.history[-1]["tensors"].items():
             if found["rows"] == 0 and before.get(name, {}).get("rows", 0) > 0:
                 text = f"Every weight of '{name}' has become zero: nothing passes that layer any more."
-                warnings.warn(f"{text} Ask for a larger file, or lower the strength.", stacklevel=2)
-                moment.record("warning", {"step": moment.step, "tensor": name, "what": text}, {})
+                self._tell(moment, name, text, "Ask for a larger file, or lower the strength.")
+        now = self._checksums() if self._still else {}
+        self._still = {name: codes for name, codes in self._still.items() if now[name] == codes}
+        waited = moment.step - self._begin(moment.total_steps)
+        if 2 * moment.step >= moment.total_steps and waited >= PATIENT_STEPS:
+            for name in self._still:
+                text = f"No code of '{name}' has changed in the {waited} steps since its bits are learned."
+                self._tell(moment, name, text, "Check that an optimiser holds it, at a learning rate above 0.")
+            self._still = {}
+
+    def _tell(self, moment: Moment, name: str, what: str, remedy: str) -> None:
+        warnings.warn(f"{what} {remedy}", stacklevel=2)
+        moment.record("warning", {"step": moment.step, "tensor": name, "what": what}, {})
+
+    def _checksums(self) -> dict[str, int]:
+        """Of each tensor's codes and steps."""
+        assert self._learner is not None
+        out = {}
+        for name, weight, quantiser in self._learner.parameters():
+            parts = (quantiser.codes(weight).to("cpu", torch.int16), step_index(quantiser.exponent_R).cpu())
+            out[name] = zlib.crc32(b"".join(part.numpy().tobytes() for part in parts))
+        return out
 
     def _keep_point(self, moment: Moment, loss: float) -> None:
         """Keep the network of this moment if none that is kept is smaller and better."""
@@ -393,7 +436,7 @@ class SelfCompress(Method):
         """Note the biases of silent channels whose constant has to come to zero first."""
         for axis in group.axes if bool(dead.stuck_C.any()) else ():
             shape, leaf = moment.graph.shapes[axis.tensor], axis.tensor.rpartition(".")[2]
-            if len(shape) == 1 and axis.role in ("write", "pointwise") and leaf.startswith("bias"):
+            if len(shape) == 1 and axis.role != "read" and leaf.startswith("bias"):
                 mask = self._stuck.setdefault(axis.tensor, torch.zeros(shape[0], dtype=torch.bool))
                 at = axis.index[dead.stuck_C]
                 mask[at[at >= 0]] = True
@@ -429,6 +472,11 @@ class SelfCompress(Method):
     def convert(self, moment: Moment) -> None:
         """Give the network exactly the values of its file, and take the quantisers off."""
         if self._learner is None:
+            begins = self._begin(moment.total_steps)
+            text = (
+                f"Nothing was compressed: the run ended at step {moment.step}, quantisation begins at {begins}."
+            )
+            warnings.warn(f"{text} Train on, or give the run's own total_steps.", stacklevel=2)
             return
         self._learner.count()
         self.result = self._trimmed(self._learner, self._coded(moment.model))
@@ -476,16 +524,19 @@ class SelfCompress(Method):
             "activations": None if self._activations is None else self._activations.state_dict(),
             "aim": self._aim.to_state(),
             "numbers": [self._size, self._rest, self._ratio, self._peak_lr],
+            "guard": [self._best_loss, self._guarded],
             "dwelt": dict(self._dwelt),
             "stuck": dict(self._stuck),
+            "still": dict(self._still),
             "history": list(self.history),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._aim.load_state(state["aim"])
         self._size, self._rest, self._ratio, self._peak_lr = state["numbers"]
+        self._best_loss, self._guarded = state["guard"]
         self._dwelt, self._stuck = dict(state["dwelt"]), dict(state["stuck"])
-        self.history = list(state["history"])
+        self._still, self.history = dict(state["still"]), list(state["history"])
         self._loaded = state
 
     def shared_state(self) -> dict[str, Any]:
@@ -495,7 +546,9 @@ class SelfCompress(Method):
         state, self._loaded = self._loaded, None
         if state is None or state["learner"] is None:
             return
-        self._learner = Learner.from_state(moment.model, state["learner"], self.config.step_lr, self.config.bits_lr)
+        self._learner = Learner.from_state(
+            moment.model, state["learner"], self.config.step_lr, self.config.bits_lr, self.config.regrowth
+        )
         self._activations = self._new_activations(moment)
         if self._activations is not None:
             self._activations.load_state(state["activations"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weightfold.quant.fake import fake_quantise
 
-EXPONENT, BITS = "_exponent", "_bits"
+EXPONENT, BITS, REGROWTH = "_exponent", "_bits", "_regrowth"
 """What follows the parameter's name."""
 _BASE, _LEAVES = "_class_before_quantising", "_quantised_parameters"
 
@@ -23,21 +23,32 @@ _BASE, _LEAVES = "_class_before_quantising", "_quantised_parameters"
 @cache
 def _class_with(base: type, leaves: frozenset[str]) -> type:
     properties = {leaf: property(_reader(leaf)) for leaf in leaves}
+    if issubclass(base, nn.RNNBase):
+        properties["_flat_weights"] = property(_flat_weights, _keep_flat_weights)
     kept = {"__module__": base.__module__, _BASE: base, _LEAVES: leaves}
     return type(base.__name__, (base,), {**properties, **kept})
 
 
 def _reader(leaf: str) -> Any:
-    exponent, bits = leaf + EXPONENT, leaf + BITS
+    exponent, bits, regrowth = leaf + EXPONENT, leaf + BITS, leaf + REGROWTH
 
     def read(module: nn.Module) -> Tensor:
         weight = module._parameters[leaf]
         assert weight is not None
         if weight.is_meta:
             return weight
-        return fake_quantise(weight, getattr(module, exponent), getattr(module, bits))
+        return fake_quantise(weight, getattr(module, exponent), getattr(module, bits), getattr(module, regrowth))
 
     return read
+
+
+def _flat_weights(module: nn.Module) -> list[Tensor]:
+    """What a recurrent layer runs on, read anew at each call."""
+    return [getattr(module, leaf) for leaf in module._flat_weights_names]  # pyright: ignore
+
+
+def _keep_flat_weights(module: nn.Module, value: Any) -> None:
+    """The layer's own list goes on holding the parameters themselves."""
 
 
 def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -50,11 +61,12 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def attach(model: nn.Module, quantisers: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def attach(model: nn.Module, quantisers: Mapping[str, tuple[Tensor, Tensor]], regrowth: bool = True) -> None:
     """Quantise parameters from now on.
 
     Args:
         quantisers: exponents and bits, shape (R,), by parameter name. They are used as they are, not copied.
+        regrowth: whether gradients reach weights that are clipped, or whose row is zero.
     Example:
         >>> import torch
         >>> layer = nn.Linear(2, 3)
@@ -70,6 +82,7 @@ def attach(model: nn.Module, quantisers: Mapping[str, tuple[Tensor, Tensor]]) ->
         for module, leaf in owners[id(named[name])]:
             setattr(module, leaf + EXPONENT, exponent_R)
             setattr(module, leaf + BITS, bits_R)
+            setattr(module, leaf + REGROWTH, regrowth)
             base, leaves = _plain(module)
             module.__class__ = _class_with(base, leaves | {leaf})
 
@@ -91,4 +104,5 @@ def detach(model: nn.Module) -> None:
     for module, leaf in list(attached(model)):
         delattr(module, leaf + EXPONENT)
         delattr(module, leaf + BITS)
+        delattr(module, leaf + REGROWTH)
         module.__class__ = _plain(module)[0]

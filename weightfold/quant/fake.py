@@ -80,15 +80,15 @@ def narrower(q: Tensor, Q: Tensor, s: Tensor) -> Tensor:
 
 class _FakeQuantise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, exponent_R: Tensor, bits_R: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, exponent_R: Tensor, bits_R: Tensor, regrowth: bool) -> Tensor:
         s, Q = step_of(exponent_R)[:, None], limit_of(bits_R)[:, None]
-        x = matrix(weight, len(exponent_R)) / s
-        q = torch.clamp(torch.round(x), -Q, Q) * s
+        q = (codes_of(weight, exponent_R, bits_R).float() * s).to(weight.dtype)
         ctx.save_for_backward(weight, q, Q, s)
+        ctx.regrowth = regrowth
         return q.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, q, Q, s = ctx.saved_tensors
         (grad,) = grads
         G = grad.reshape(q.shape)
@@ -99,22 +99,25 @@ class _FakeQuantise(torch.autograd.Function):
             exponent = LN2 * (G * torch.where(clipped, q, q - W)).sum(1)
         if ctx.needs_input_grad[2]:
             bits = (G * (q - narrower(q, Q, s))).sum(1)
-        return grad, exponent, bits
+        if not ctx.regrowth:
+            grad = torch.where((q != 0).any(1)[:, None] & ~clipped, G, 0.0).view_as(grad)
+        return grad, exponent, bits, None
 
 
-def fake_quantise(weight: Tensor, exponent_R: Tensor, bits_R: Tensor) -> Tensor:
+def fake_quantise(weight: Tensor, exponent_R: Tensor, bits_R: Tensor, regrowth: bool = True) -> Tensor:
     """Round a tensor to its grid, differentiably.
 
     Args:
         weight: any shape that R divides.
         exponent_R: log2 of the steps, shape (R,).
         bits_R: bit widths, shape (R,).
+        regrowth: whether gradients reach weights that are clipped, or whose row is zero.
     Example:
         >>> w = torch.tensor([[0.3, -1.2, 5.0]], requires_grad=True)
         >>> fake_quantise(w, torch.tensor([0.0]), torch.tensor([3.0])).tolist()
         [[0.0, -1.0, 3.0]]
     """
-    return _FakeQuantise.apply(weight, exponent_R, bits_R)  # type: ignore[return-value]
+    return _FakeQuantise.apply(weight, exponent_R, bits_R, regrowth)  # type: ignore[return-value]
 
 
 def start(weight: Tensor, n_rows: int, resolution: float) -> tuple[Tensor, Tensor]:

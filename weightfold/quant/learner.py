@@ -66,6 +66,7 @@ class Learner:
         values: first exponents and bits.
         step_lr: learning rate of exponents, in octaves.
         bits_lr: of widths, in bits, for a row of average cost.
+        regrowth: whether gradients reach weights that are clipped, or whose row is zero.
 
     Example:
         >>> layer = nn.Linear(4, 3)
@@ -76,14 +77,14 @@ class Learner:
         >>> learner.release()
     """
 
-    def __init__(self, model: nn.Module, values: Values, step_lr: float, bits_lr: float) -> None:
+    def __init__(self, model: nn.Module, values: Values, step_lr: float, bits_lr: float, regrowth: bool = True) -> None:
         self.model = model
         self.quantisers: dict[str, Quantiser] = {}
         for name, parameter in self._among(model, values):
             exponent_R, bits_R = (v.to(parameter.device).requires_grad_() for v in values[name])
             found = prices(codes_of(parameter, exponent_R, bits_R), limit_of(bits_R))
             self.quantisers[name] = Quantiser(exponent_R, bits_R, found)
-        attach(model, self.values())
+        attach(model, self.values(), regrowth)
         held = list(self.quantisers.values())
         self._rates = step_lr, bits_lr
         self.optimizers = (
@@ -200,10 +201,12 @@ class Learner:
         }
 
     @classmethod
-    def from_state(cls, model: nn.Module, state: Mapping[str, Any], step_lr: float, bits_lr: float) -> Learner:
+    def from_state(
+        cls, model: nn.Module, state: Mapping[str, Any], step_lr: float, bits_lr: float, regrowth: bool = True
+    ) -> Learner:
         """Quantise a network again as it was."""
         values = {name: (exponent.clone(), bits.clone()) for name, (exponent, bits) in state["values"].items()}
-        learner = cls(model, values, step_lr, bits_lr)
+        learner = cls(model, values, step_lr, bits_lr, regrowth)
         for name, price in state["prices"].items():
             learner.quantisers[name].price = Prices(*price)
         for optimizer, value in zip(learner.optimizers, state["optimizers"], strict=True):
