@@ -83,6 +83,9 @@ class Compressor:
     ) -> None:
         if probe and loss is None:
             raise ConfigError("A probe needs a loss to be measured by.", remedy="Pass loss=your_loss_function.")
+        names = [method.name for method in methods if method.alone]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"The method '{twice}' is given twice.", remedy="Give it once, with all its settings.")
         self.network = model
         self.model = unwrapped(model)
         self.example = example

@@ -13,12 +13,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from weightfold.errors import EditError
 from weightfold.graph import optim
-from weightfold.graph.apply import Companion, Undo, apply, find_tensor
+from weightfold.graph.apply import Companion, Undo, after, apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.followers import with_followers, without_followers
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.sizes import sync_sizes
-from weightfold.graph.unfold import unfold_undo
+from weightfold.graph.unfold import unfold_undo, widen
 from weightfold.history import Origin
 from weightfold.methods.base import Proposal
 from weightfold.ranks import unwrapped
@@ -89,9 +89,25 @@ class Surgeon:
     def follow(self, followers: Mapping[str, str], own: Iterable[Optimizer]) -> None:
         """Let tensors that a method holds beside the network take part in every edit; see `with_followers`."""
         self.own = tuple(dict.fromkeys((*self.own, *own)))
+        new = followers.keys() - self.graph.followers
         self.graph = with_followers(self.graph, followers)
         for applied in self.applied:
             applied.graph = with_followers(applied.graph, followers)
+        self._hold_followers(sorted(new))
+
+    def _hold_followers(self, names: Sequence[str]) -> None:
+        """What followers would have been before the edits that may still be taken back: their mean where unknown."""
+        values = {name: find_tensor(self.model, name)[2].detach() for name in names}
+        for applied in reversed(self.applied):
+            if applied.undo is None:
+                break
+            group, narrow = applied.graph[applied.edit.group], after(applied.graph, applied.edit)[applied.edit.group]
+            for name in dict.fromkeys(a.tensor for a in group.axes if a.tensor in values):
+                now = values[name].double()
+                kept = widen(torch.ones_like(now), group, narrow, applied.edit, name) > 0
+                wide = torch.where(kept, widen(now, group, narrow, applied.edit, name), now.mean())
+                values[name] = wide.to(values[name].dtype)
+                applied.undo.tensors.append((self.model, name, values[name]))
 
     def unfollow(self) -> None:
         """The methods hold nothing any more."""
@@ -156,9 +172,12 @@ class Surgeon:
     def _forget_newer_state(self, undo: Undo) -> None:
         """Where optimisers had no state at the edit, what they have gathered since does not fit what comes back."""
         model, tensors = undo.by_module()[0]
-        if model is self.model and not undo.optimizer:
-            for optimizer in (*self.optimizers, *self.own):
-                for name in tensors:
+        if model is not self.model:
+            return
+        held = {(id(optimizer), name) for optimizer, _, name, _ in undo.optimizer}
+        for optimizer in (*self.optimizers, *self.own):
+            for name in tensors:
+                if not held or (name in self.graph.followers and (id(optimizer), name) not in held):
                     optimizer.state.pop(find_tensor(model, name)[2], None)
 
     def obey(self, journal: Sequence[Edit | int]) -> None:

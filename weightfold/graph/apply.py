@@ -23,13 +23,14 @@ Companion = nn.Module | MutableMapping[str, Tensor]
 
 @dataclass
 class Undo:
-    """Everything an edit replaced. `restore` puts it back bit for bit."""
+    """Everything an edit replaced, and the biases that it shifted. `restore` puts all back bit for bit."""
 
     tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     mappings: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = field(default_factory=list)
     optimizer: list[tuple[torch.optim.Optimizer, nn.Module, str, dict[str, Any]]] = field(default_factory=list)
     reset: list[str] = field(default_factory=list)
+    shifted: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -64,7 +65,8 @@ class Undo:
         states = {name: dict(state) for _, owner, name, state in self.optimizer if owner is model}
         replaced = [*self.by_module(), *self.by_mapping()]
         averaged = [dict(old) for c in companions for target, old in replaced if target is _inside(c)]
-        return {"tensors": dict(tensors), "states": states, "averaged": averaged}
+        shifted = {name: value for owner, name, value in self.shifted if owner is model}
+        return {"tensors": dict(tensors), "states": states, "averaged": averaged, "shifted": shifted}
 
     @classmethod
     def from_state(
@@ -85,6 +87,7 @@ class Undo:
                 remedy="Prepare with the averaged copies that the run had.",
             )
         undo = cls([(model, name, old) for name, old in state["tensors"].items()])
+        undo.shifted = [(model, name, value) for name, value in state.get("shifted", {}).items()]
         for companion, replaced in zip(map(_inside, companions), state["averaged"], strict=True):
             if isinstance(companion, nn.Module):
                 undo.tensors += [(companion, name, old) for name, old in replaced.items()]
@@ -269,6 +272,7 @@ def _apply_to(
     assert isinstance(module, nn.Module)
     names = [name for name in names if name not in graph.followers or _tensor_or_none(module, name) is not None]
     values = changed_biases(lambda name: _tensor_or_none(module, name), group, edit)
+    undo.shifted += [(module, name, value.clone()) for name, value in values.items()]
     found = {name: find_tensor(module, name) for name in {**dict.fromkeys(names), **values}}
     values |= {name: new_value(values.get(name, found[name][2]), group, edit, name) for name in names}
     states = {

@@ -194,8 +194,8 @@ class Builder:
             role = "both" if read and write else "read" if read else "write" if write else "pointwise"
             if paired and role != "both":
                 role = paired_role(role, exponent[base.atom[r]])
-            tap = facts.store.taps.get((seed.tensor, seed.dim))
-            axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, tap))
+            tap, partial = facts.store.taps.get((seed.tensor, seed.dim)), (seed.tensor, seed.dim) in facts.store.partial
+            axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, tap, partial))
         return tuple(axes)
 
     def _name(self, axes: Sequence[Axis], suffix: str = "") -> str:

@@ -30,6 +30,7 @@ class Axis:
             then positions count through (slab, position).
         size: length of the dimension (times slabs).
         tap: (module path, dimension of its first input) where the channels can be observed as this axis reads them.
+        partial: whether the tensor is read at other places as well, which the tap does not see.
     """
 
     tensor: str
@@ -39,6 +40,7 @@ class Axis:
     size: int
     slabs: int = 1
     tap: tuple[str, int] | None = None
+    partial: bool = False
 
     @property
     def key(self) -> tuple[str, int]:

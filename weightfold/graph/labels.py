@@ -178,6 +178,7 @@ class Store:
     touches: list[tuple[int, Tensor]] = field(default_factory=list)
     written: list[tuple[int, Tensor]] = field(default_factory=list)
     taps: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
+    partial: set[tuple[str, int]] = field(default_factory=set)
     node: int = 0
     _slabs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 

@@ -122,6 +122,8 @@ class Method:
 
     name: ClassVar[str]
     Config: ClassVar[type[Config]]
+    alone: ClassVar[bool] = False
+    """whether a run can have but one of them"""
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         self.config: Any = self.Config(**settings) if config is None else config

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from weightfold.artifact.coded import CodedTensor, nearest_step, step_value
 from weightfold.config import nearest
 from weightfold.errors import ConfigError
-from weightfold.quant.attached import owners_of
+from weightfold.quant.attached import attached, owners_of
 from weightfold.quant.fake import codes_of, step_index
 from weightfold.quant.rate import Prices
 from weightfold.size import unique_state
@@ -40,6 +40,7 @@ def quantisable(model: nn.Module, pattern: str | None = None) -> tuple[list[str]
         names = [name for name, _ in model.named_parameters()]
         raise ConfigError(f"No parameter matches '{pattern}'.", remedy=nearest(pattern, names))
     owners = owners_of(model)
+    under_way = {id(module._parameters[leaf]) for module, leaf in attached(model)}
     found, refused = [], {}
     for name, parameter in named.items():
         modules = [module for module, _ in owners[id(parameter)]]
@@ -48,12 +49,17 @@ def quantisable(model: nn.Module, pattern: str | None = None) -> tuple[list[str]
                 f"'{name}' is parametrized: its values are made from others.",
                 remedy="Remove the parametrization, or leave the tensor out with tensors='PATTERN'.",
             )
+        if id(parameter) in under_way:
+            raise ConfigError(f"'{name}' is being quantised by another run.", remedy="Convert that one first.")
         if parameter.ndim < 2 or any("norm" in type(m).__name__.lower() for m in modules):
             continue
         if not parameter.is_floating_point():
             raise _already(name, f"it holds {str(parameter.dtype).removeprefix('torch.')}")
         if not parameter.requires_grad:
             refused[name] = "it is frozen (requires_grad is False)"
+            continue
+        if parameter.element_size() < 4:
+            refused[name] = f"it holds {str(parameter.dtype).removeprefix('torch.')}; train in float32, under autocast"
             continue
         if (n := _distinct(parameter)) <= FEW_VALUES < parameter.numel() // 16 and n > 1:
             raise _already(name, f"its {parameter.numel():,} weights have {n} values")

@@ -102,7 +102,7 @@ def dead_channels(
 def _constants(axis: Axis, spans: Mapping[Key, Span]) -> tuple[Tensor, Tensor]:
     """The value of each channel at a reader, and whether it is the same everywhere and small ones count as zero."""
     span = spans.get(axis.key)
-    if span is None or axis.slabs != 1:
+    if span is None or axis.slabs != 1 or axis.partial:
         return torch.zeros(axis.index.shape[0]), torch.zeros(axis.index.shape[0], dtype=torch.bool)
     low_N, high_N = (part.cpu() for part in span)
     largest = float(torch.maximum(low_N.abs(), high_N.abs()).max())
@@ -141,8 +141,8 @@ def observe_spans(model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) 
     def look(axes: list[Axis], dim: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            rows = x.movedim(dim, 0).reshape(x.shape[dim], -1).float()
-            low, high = rows.amin(1), rows.amax(1)
+            rows = x.movedim(dim, 0).reshape(x.shape[dim], -1)
+            low, high = rows.amin(1).double(), rows.amax(1).double()
             for axis in axes:
                 old = spans.get(axis.key)
                 spans[axis.key] = (

@@ -15,9 +15,14 @@ from weightfold.graph.rules.core import module_path, rule, squeeze, unknown, uns
 
 def tap(store: Store, node: torch.fx.Node, weight: Value, dim: int, x_dim: int) -> None:
     """Note where the channels that a weight reads can be observed: the input of the module that owns the weight."""
-    path = module_path(node)
-    if weight.name is not None and path is not None and weight.name.rpartition(".")[0] == path:
-        store.taps[weight.name, dim] = (path, x_dim)
+    if weight.name is None:
+        return
+    path, key = module_path(node), (weight.name, dim)
+    if path is not None and weight.name.rpartition(".")[0] == path:
+        store.taps[key] = (path, x_dim)
+    users = getattr(node.args[1], "users", ())
+    if any(user.target is not node.target or module_path(user) != path for user in users):
+        store.partial.add(key)
 
 
 def product(store: Store, left: Value, right: Value) -> Value:
