@@ -3,7 +3,8 @@
     python benchmarks/lumping.py --seeds 5 --out benchmarks/results/lumping_HARDWARE_DATE.json
 
 Each network is trained, then cut by every method to a share of its parameters (entries of weights that are not zero,
-and biases). Stages, on the same 1,024 unlabelled training inputs (or all there are), topped up to 1,536 with jittered copies:
+and biases). Stages, on the same 1,024 unlabelled training inputs (or all there are), topped up to 1,536 with jittered
+copies:
 
     none     as the method leaves it
     refit    every layer but the first solved anew, in order, for what the dense network computes there (closed form)
@@ -86,10 +87,7 @@ class Cut:
 
     def size(self) -> int:
         """Parameters that are kept."""
-        kept = [
-            w.numel() if self.mask is None else int(m.sum())
-            for (w, _), m in zip(self.layers, self.masks(), strict=False)
-        ]
+        kept = [w.numel() for w, _ in self.layers] if self.mask is None else [int(m.sum()) for m in self.mask]
         return sum(kept) + sum(len(b) for _, b in self.layers)
 
     def masks(self) -> list[Tensor]:
@@ -159,7 +157,7 @@ def uniform(bench: Bench, share: float) -> list[int]:
 
 def kept_units(bench: Bench, keep: list[Tensor]) -> Cut:
     """Keep some units of each hidden layer, drop the others."""
-    merges = [torch.eye(len(b), dtype=torch.float64)[k] for (_, b), k in zip(bench.layers, keep, strict=False)]
+    merges = [torch.eye(len(b), dtype=torch.float64)[k] for (_, b), k in zip(bench.layers, keep, strict=True)]
     return merged(bench, merges, merges)
 
 
@@ -186,13 +184,13 @@ def averaged(members: list[Tensor]) -> list[Tensor]:
 
 def magnitude_units(bench: Bench, share: float) -> Cut:
     rows = [torch.cat([w, b[:, None]], 1).norm(dim=1) for w, b in bench.layers[:-1]]
-    keep = [torch.argsort(-r, stable=True)[:k].sort().values for r, k in zip(rows, uniform(bench, share), strict=False)]
+    keep = [torch.argsort(-r, stable=True)[:k].sort().values for r, k in zip(rows, uniform(bench, share), strict=True)]
     return kept_units(bench, keep)
 
 
 def model_folding(bench: Bench, share: float) -> Cut:
     members = []
-    for (w, b), k in zip(bench.layers[:-1], uniform(bench, share), strict=False):
+    for (w, b), k in zip(bench.layers[:-1], uniform(bench, share), strict=True):
         tree = ward(torch.cat([w, b[:, None]], 1).numpy())
         members.append(membership(fcluster(tree, k, "maxclust")))
     return merged(bench, averaged(members), members)
@@ -201,7 +199,7 @@ def model_folding(bench: Bench, share: float) -> Cut:
 def srinivas_babu(bench: Bench, share: float) -> Cut:
     """Remove unit j into i where mean(v_j²) |[w_i, b_i] - [w_j, b_j]|² is least, again and again."""
     rows, columns = [], []
-    for k, ((w, b), width) in enumerate(zip(bench.layers[:-1], uniform(bench, share), strict=False)):
+    for k, ((w, b), width) in enumerate(zip(bench.layers[:-1], uniform(bench, share), strict=True)):
         own = torch.cat([w, b[:, None]], 1)
         apart = torch.cdist(own, own).square()
         apart.fill_diagonal_(float("inf"))
@@ -222,7 +220,7 @@ def srinivas_babu(bench: Bench, share: float) -> Cut:
 
 def neuron_merging(bench: Bench, share: float, threshold: float = 0.45) -> Cut:
     rows, columns = [], []
-    for (w, b), width in zip(bench.layers[:-1], uniform(bench, share), strict=False):
+    for (w, b), width in zip(bench.layers[:-1], uniform(bench, share), strict=True):
         own = torch.cat([w, b[:, None]], 1)
         keep = torch.argsort(-own.abs().sum(1), stable=True)[:width].sort().values
         norm = own.norm(dim=1).clamp_min(1e-12)
@@ -275,7 +273,7 @@ def forward_at(bench: Bench, eps: float) -> Cut:
 
 def masked(bench: Bench, mask: list[Tensor]) -> Cut:
     cut = bench.dense_cut()
-    return replace(cut, layers=[(w * m, b) for (w, b), m in zip(cut.layers, mask, strict=False)], mask=mask)
+    return replace(cut, layers=[(w * m, b) for (w, b), m in zip(cut.layers, mask, strict=True)], mask=mask)
 
 
 def weights_left(bench: Bench, share: float) -> int:

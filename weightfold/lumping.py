@@ -9,9 +9,9 @@ A channel i is like channel j with ratio α when what writes it is α times what
 Then the readers of j take over α times those of i, which is exact. With a batch norm behind a single writer the
 rows are those that the norm makes of the weights, γ w / σ and β + γ (b - μ) / σ, as in evaluation. A channel without
 incoming weights is constant: its value moves into the biases of its readers, or it is like another constant one. A
-channel that nothing reads is dropped. For ε > 0 channels are clustered by |r_i - r_j| / (median norm), r the rows scaled
-to length 1 where a ratio is free; with complete linkage no two of a block lie further apart than ε. A block's row is
-then the mean of its members over their ratios, weighted by the squares of what reads them: it minimises
+channel that nothing reads is dropped. For ε > 0 channels are clustered by |r_i - r_j| / (median norm), r the rows
+scaled to length 1 where a ratio is free; with complete linkage no two of a block lie further apart than ε. A block's
+row is then the mean of its members over their ratios, weighted by the squares of what reads them: it minimises
 Σ |v_i|² |w_i - α_i w|².
 
 Which ratios are free, and what reads a channel, is read off the channel graph, so this knows no layer types.

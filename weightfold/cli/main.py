@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from weightfold.cli import export, fold, ledger, sharing, trace, train
+from weightfold.cli import export, fold, ledger, lump, sharing, trace, train
 
 app = typer.Typer(
     name="weightfold",
@@ -20,6 +20,7 @@ app.command("trace")(trace.trace)
 app.command("sharing")(sharing.sharing)
 app.command("train")(train.train)
 app.command("fold")(fold.fold)
+app.command("lump")(lump.lump)
 app.command("export")(export.export)
 app.add_typer(ledger.app, name="ledger")
 

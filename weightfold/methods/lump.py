@@ -46,6 +46,10 @@ TILTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0)
 """Powers of two between the shares that the first and the last group keep: widths that are tried."""
 
 
+WIDE = 256
+"""Channels of a group above which only two of these are tried."""
+
+
 class LumpConfig(Config):
     """Settings of `lump`."""
 
@@ -79,7 +83,10 @@ class Lump(Method):
     """Lumps the network once: after a share of the run's steps, or at once on a trained network.
 
     Args:
-        inputs: unlabelled batches, as the model takes them (a tensor, or a tuple), for `target`.
+        inputs: unlabelled batches, as the model takes them (a tensor, or a tuple), to solve the readers on.
+
+    Attributes:
+        proposed: what the last step proposed.
 
     Example:
         >>> import weightfold as wf
@@ -98,6 +105,7 @@ class Lump(Method):
     def __init__(self, config: Config | None = None, *, inputs: Iterable[Any] = (), **settings: Any) -> None:
         super().__init__(config, **settings)
         self.inputs = list(inputs)
+        self.proposed: list[Proposal] = []
         self._done = False
 
     def event(self, total_steps: int) -> int:
@@ -122,9 +130,8 @@ class Lump(Method):
             return []
         self._done = True
         twin = copy.deepcopy(moment.model).eval()
-        if self.config.eps is not None:
-            return self._by_eps(twin, moment)
-        return self._by_target(twin, moment)
+        self.proposed = self._by_eps(twin, moment) if self.config.eps is not None else self._by_target(twin, moment)
+        return self.proposed
 
     def _groups(self, graph: ChannelGraph) -> list[ChannelGroup]:
         named = named_groups(graph, self.config.groups)
@@ -256,6 +263,8 @@ class Lump(Method):
         names = {n for n, p in moment.model.named_parameters() if n in moment.graph.shapes}
         whole = _count(moment.graph, names, {})
         tilts = TILTS if self.config.tilt and len(groups) > 1 else (0.0,)
+        if max(g.n_channels for g in groups) > WIDE:
+            tilts = tuple(t for t in tilts if t in (-1.0, 0.0))
         out: list[Widths] = []
         for tilt in tilts:
             factor = [2.0 ** (tilt * k / max(len(groups) - 1, 1)) for k in range(len(groups))]
