@@ -114,8 +114,9 @@ class Job:
     def _growth(self, keep: Floats, drop: Floats, maps: Mapping[Key, Floats]) -> Floats:
         """How much the norm of what reads each kept channel grows, shape (K,), between 1 / `MOST` and `MOST`."""
         before_K = after_K = np.zeros(len(keep))
-        for reader in self.readers:
-            map_SK, gram_SK = maps[reader.key], reader.gram_CC[np.ix_(drop, keep)]
+        for reader in self._weighing:
+            map_SK = maps[reader.key].astype(reader.gram_CC.dtype)
+            gram_SK = reader.gram_CC[np.ix_(drop, keep)]
             own_K = np.diag(reader.gram_CC)[keep]
             taken_SK = reader.gram_CC[np.ix_(drop, drop)] @ map_SK
             before_K = before_K + own_K
