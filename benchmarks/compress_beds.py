@@ -93,7 +93,7 @@ SCHEDULES = {
 }
 """Usual values, chosen for the dense network with hardly any tuning.
 
-CPU minutes of a dense run on one thread: 1, 3, 11 and 7.
+CPU minutes of a dense run on one thread: 1, 3, 10 and 7.
 """
 
 
