@@ -1,10 +1,10 @@
 """Channels that a quantised network has no more use for: nobody reads them, or nothing but a constant is written.
 
 A channel is **unread** when every weight that reads it is zero on its grid, and **silent** when every weight that
-writes it is. A silent channel is the constant that biases and norms make of it. What reads the constant can take it
-over into its own bias, exactly so where it reads every position alike: a linear layer, or a convolution without
-padding. Padding with zeros reads less at the border, where no bias can follow; there the channel has to come to zero
-by itself first.
+writes it is, or its kernel in a depthwise convolution before its only reader. A silent channel is the constant that
+biases and norms make of it. What reads the constant can take it over into its own bias, exactly so where it reads every
+position alike: a linear layer, or a convolution without padding. Padding with zeros reads less at the border, where no
+bias can follow; there the channel has to come to zero by itself first.
 
 No tool that we know of folds such constants; Cséfalvay & Imber (arXiv 2301.13142) pull the biases to zero and wait.
 """
@@ -83,6 +83,9 @@ def dead_channels(
     reads = [_zero_along(model, a, live) for a in group.axes if a.role in ("read", "both")]
     writes = [_zero_along(model, a, live) for a in matrices if a.role in ("write", "both")]
     unread_C, silent_C = _all(reads, n, False), _all(writes, n, False)
+    if len(group.role("read")) == 1:
+        for axis in matrices:
+            silent_C |= _zero_along(model, axis, live) & (axis.role == "pointwise")
     constant_C, shift = silent_C.clone(), {}
     for axis in group.role("read"):
         value_C, same_C = _constants(axis, spans)
