@@ -94,11 +94,9 @@ class _FakeQuantise(torch.autograd.Function):
         G = grad.reshape(q.shape)
         W = weight.reshape(q.shape)
         clipped = W.abs() > (Q + 0.5) * s
-        exponent = bits = None
-        if ctx.needs_input_grad[1]:
-            exponent = LN2 * (G * torch.where(clipped, q, q - W)).sum(1)
-        if ctx.needs_input_grad[2]:
-            bits = (G * (q - narrower(q, Q, s))).sum(1)
+        whole_R = torch.linalg.vecdot(G, q)
+        exponent = LN2 * (whole_R - torch.linalg.vecdot(G.masked_fill(clipped, 0.0), W))
+        bits = whole_R - torch.linalg.vecdot(G, narrower(q, Q, s)) if ctx.needs_input_grad[2] else None
         if not ctx.regrowth:
             grad = torch.where((q != 0).any(1)[:, None] & ~clipped, G, 0.0).view_as(grad)
         return grad, exponent, bits, None

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightfold.quant.fake import matrix, step_of
+from weightfold.quant.fake import LN2, matrix, step_of
 
 LEAST, MOST = 0.5, 12.0
 """Bits that a weight's first code costs, at least and at most."""
@@ -110,13 +110,11 @@ class _Rate(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, exponent_R: Tensor, _bits_R: Tensor, first_RC: Tensor, slope: float, width_R: Tensor
     ) -> Tensor:
-        s = step_of(exponent_R)[:, None]
-        x = matrix(weight, len(exponent_R)) / s
-        size = x.abs()
-        pull = torch.where(size < 1, first_RC, slope) * x.sign()
+        W, s = matrix(weight, len(exponent_R)), step_of(exponent_R)[:, None]
+        pull = first_RC.masked_fill(W.abs() >= s, slope).mul_(W.sign()).div_(s)
         ctx.shape = weight.shape
-        ctx.save_for_backward(pull / s, -(pull * x).sum(1) * 0.6931471805599453, width_R)
-        return (first_RC * size.clamp_max(1) + slope * (size - 1).clamp_min(0)).sum()
+        ctx.save_for_backward(pull, torch.linalg.vecdot(pull, W).mul_(-LN2), width_R)
+        return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,13 +124,13 @@ class _Rate(torch.autograd.Function):
 
 
 def rate(weight: Tensor, exponent_R: Tensor, bits_R: Tensor, price: Prices) -> Tensor:
-    """Bits that a tensor takes, linear between its codes; differentiable in all three.
+    """The gradient of the bits that a tensor takes, linear between its codes, in all three.
 
     A row's bit width is charged what a bit of it costs now: what a grid of one bit less would save.
 
     Args:
         weight: any shape; exponent_R, bits_R: shape (R,).
     Returns:
-        bits: a scalar. Its value is a surrogate; what the file takes is counted by the coder.
+        zero: a scalar without value but with that gradient: how many bits it is, the coder counts.
     """
     return _Rate.apply(weight, exponent_R, bits_R, price.first_RC, price.slope, price.width_R)  # type: ignore[return-value]
