@@ -17,8 +17,14 @@ class Target(StrEnum):
     """What is written."""
 
     safetensors = "safetensors"
+    packed = "packed"
     pt2 = "pt2"
     onnx = "onnx"
+    onnx_fp16 = "onnx-fp16"
+    onnx_int8 = "onnx-int8"
+    onnx_int4 = "onnx-int4"
+    onnx_int2 = "onnx-int2"
+    openvino = "openvino"
 
 
 @guarded
@@ -41,7 +47,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model as safetensors, PyTorch program or ONNX; load the file back, compare, and only then keep it."""
+    """Write a model as safetensors, packed codes, PyTorch program or ONNX; load it back, compare, only then keep it."""
     from weightfold.export.opened import open_model
     from weightfold.export.targets import export as write
 
@@ -53,7 +59,4 @@ def export(
     console = show.console()
     batches = "any batch size" if exported.any_batch else "the batch size of the example only"
     console.print(f"[green]written[/]   {exported.path}, {exported.size_bytes:,} bytes, for {batches}")
-    console.print(
-        f"[green]verified[/]  loaded by {exported.runtime}; largest difference of an output "
-        f"{exported.largest_difference:.2g} ({exported.tolerance:.2g} allowed)"
-    )
+    console.print(f"[green]verified[/]  loaded by {exported.runtime}; {exported.agreement}, on {exported.compared_on}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from weightfold.artifact import Builder, Input, read_header
+from weightfold.artifact import Builder, CodedTensor, Input, Structure, read_header
 from weightfold.artifact.format import KEY, read_structure
 from weightfold.artifact.packed import SUFFIX, read_packed
 from weightfold.data import load_model
@@ -89,7 +89,17 @@ def _open_saved(path: Path, inputs: tuple[Input, ...], task: TaskSpec | None, ma
     original = fresh()
     before = Blueprint.of(original)
     found = inputs or structure.inputs
-    return Source(load(path, original), found, before, builder, structure.ledger_head, fresh)
+    model = load(path, original)
+    return Source(model, found, before, builder, structure.ledger_head, fresh, coded=_codes_of(path, structure))
+
+
+def _codes_of(path: Path, structure: Structure) -> Mapping[str, CodedTensor]:
+    """The codes of a saved model: its own, or those of the packed file beside it, of the same moment."""
+    file = path.with_suffix(SUFFIX)
+    if not file.is_file() or (file != path and structure.ledger_head is None):
+        return {}
+    packed = read_packed(file)
+    return packed.coded if packed.structure.ledger_head == structure.ledger_head else {}
 
 
 def _builder(spec: str, task: TaskSpec | None) -> Builder:

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,24 +10,7 @@ from torch.export import Dim, ExportedProgram
 from weightfold.errors import ExportError
 from weightfold.export.example import draw
 from weightfold.export.source import Source
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporters' remarks, logs and progress away from the user; errors still come through."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            Path(os.devnull).open("w") as sink,
-            redirect_stdout(sink),
-            redirect_stderr(sink),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+from weightfold.runtime.require import quiet
 
 
 def to_program(source: Source) -> ExportedProgram:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from weightfold.artifact import Builder, Input
+from weightfold.artifact import Builder, CodedTensor, Input
 from weightfold.export.blueprint import Blueprint
+from weightfold.quant.activations import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,10 @@ class Source:
         builder: how it is made.
         ledger_head: hash of the last entry of its run's ledger.
         fresh: makes the module as it was before any edit, where the builder alone cannot.
+        coded: the codes behind quantised weights, by name of the tensor.
+        grids: learned grids of what layers read, by module path.
+        calibration: real inputs as positional and keyword arguments, for ranges of activations and for comparisons.
+        facts: what the model card says of the source: model, data, scores; plain data.
     """
 
     model: nn.Module
@@ -30,3 +36,7 @@ class Source:
     builder: Builder
     ledger_head: str | None = None
     fresh: Callable[[], nn.Module] | None = None
+    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    calibration: Sequence[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)

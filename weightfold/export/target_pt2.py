@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from weightfold.errors import ExportError
-from weightfold.export.check import Exported, compare, trials
-from weightfold.export.program import quiet, takes_any_batch, to_program
+from weightfold.export.check import Exported, verified
+from weightfold.export.program import takes_any_batch, to_program
 from weightfold.export.source import Source
+from weightfold.runtime.opened import load_program
+from weightfold.runtime.require import quiet
 
 SUFFIX = ".pt2"
 RELATIVE = 1e-5
@@ -23,17 +24,16 @@ def write(source: Source, path: Path) -> None:
         torch.export.save(program, path)
 
 
-def verify(source: Source, path: Path) -> Exported:
+def verify(source: Source, path: Path, tolerance: float | None = None) -> Exported:
     """Load the file and compare."""
-    try:
-        with quiet():
-            program = torch.export.load(path)
-    except Exception as error:  # a broken program fails in many ways
-        raise ExportError(f"torch.export.load cannot read what was written: {error}") from error
+    program = load_program(path)
     module: Any = program.module()
-    any_batch = takes_any_batch(program)
-    arguments = trials(source.inputs, any_batch=any_batch)
-    difference, tolerance = compare(source.model, lambda a: module(*a[0], **a[1]), arguments, relative=RELATIVE)
-    return Exported(
-        path, "pt2", path.stat().st_size, difference, tolerance, any_batch, f"torch.export {torch.__version__}"
+    relative = RELATIVE if tolerance is None else tolerance
+    return verified(
+        source,
+        lambda *args, **named: module(*args, **named),
+        "pt2",
+        largest=relative,
+        any_batch=takes_any_batch(program),
+        runtime=f"torch.export {torch.__version__}",
     )

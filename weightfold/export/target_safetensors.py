@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from weightfold.export.check import Exported, compare, trials
+from weightfold.export.check import Exported, verified
 from weightfold.export.source import Source
 
 SUFFIX = ".safetensors"
@@ -26,7 +26,7 @@ def write(source: Source, path: Path) -> None:
     )
 
 
-def verify(source: Source, path: Path) -> Exported:
+def verify(source: Source, path: Path, tolerance: float | None = None) -> Exported:
     """Rebuild the module from the file alone and compare."""
     from weightfold.export.saved import load
 
@@ -34,6 +34,6 @@ def verify(source: Source, path: Path) -> Exported:
     config = getattr(rebuilt, "config", None)
     if getattr(config, "use_cache", None):
         setattr(config, "use_cache", False)  # noqa: B010 (a configuration of any class)
-    arguments = trials(source.inputs, any_batch=False)
-    difference, tolerance = compare(source.model, lambda a: rebuilt(*a[0], **a[1]), arguments, relative=0.0)
-    return Exported(path, "safetensors", path.stat().st_size, difference, tolerance, True, "weightfold.load")
+    return verified(
+        source, rebuilt, "safetensors", largest=tolerance or 0.0, any_batch=True, runtime="weightfold.load", sizes=False
+    )

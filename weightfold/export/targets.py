@@ -17,10 +17,20 @@ from weightfold.errors import ConfigError, ExportError
 from weightfold.export.check import Exported
 from weightfold.export.source import Source
 
-TARGETS = ("onnx", "pt2", "safetensors")
+TARGETS = (
+    "safetensors",
+    "packed",
+    "pt2",
+    "onnx",
+    "onnx-fp16",
+    "onnx-int8",
+    "onnx-int4",
+    "onnx-int2",
+    "openvino",
+)
 
 
-def export(source: Source, target: str, path: str | Path) -> Exported:
+def export(source: Source, target: str, path: str | Path, *, tolerance: float | None = None) -> Exported:
     """Write a model as a file of one target.
 
     The file gets its name only after the target's own runtime has loaded it and computed what the module computes; on
@@ -28,13 +38,15 @@ def export(source: Source, target: str, path: str | Path) -> Exported:
 
     Args:
         source: the model and what is known of it.
-        target: "safetensors", "pt2" or "onnx".
+        target: one of `TARGETS`.
         path: the file.
+        tolerance: allowed difference of the outputs, as a share of the largest one, or of their norm where the target
+            rounds; by default the target's own.
     Returns:
-        exported: sizes, and the largest difference between the outputs.
+        exported: sizes, and how well outputs agree.
     Raises:
         ConfigError: the target is unknown, or the file's ending is that of another one.
-        ExportError: the model cannot be expressed, or the file computes something else.
+        ExportError: the model cannot be expressed, a runtime is not installed, or the file computes something else.
         ArtifactError: the file cannot be written.
     """
     path = Path(path)
@@ -46,10 +58,25 @@ def export(source: Source, target: str, path: str | Path) -> Exported:
             "There is no example input to compare outputs with.", remedy="Pass one with --example, such as 1x3x32x32."
         )
     make_folder(path.parent)
-    with _without_cache(source.model), drafting(path) as draft:
+    with _without_cache(source.model), drafting(path) as draft, _beside(module, draft, path) as beside:
         module.write(source, draft)
-        exported: Exported = module.verify(source, draft)
-    return replace(exported, path=path)
+        exported: Exported = module.verify(source, draft, tolerance)
+        size_bytes = sum(file.stat().st_size for file in (draft, *beside))
+    return replace(exported, path=path, size_bytes=size_bytes)
+
+
+@contextmanager
+def _beside(module: ModuleType, draft: Path, path: Path) -> Iterator[list[Path]]:
+    """Files that belong to the draft: they take the wanted name when it is done, just before it does, or go."""
+    endings = getattr(module, "COMPANIONS", ())
+    files = [draft.with_suffix(ending) for ending in endings]
+    try:
+        yield files
+        for file, ending in zip(files, endings, strict=True):
+            file.replace(path.with_suffix(ending))
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -70,4 +97,4 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 def _target(name: str) -> ModuleType:
     if name not in TARGETS:
         raise ConfigError(f"There is no export target '{name}'.", remedy=nearest(name, TARGETS))
-    return importlib.import_module(f"weightfold.export.target_{name}")
+    return importlib.import_module(f"weightfold.export.target_{name.replace('-', '_')}")

@@ -1,0 +1,167 @@
+"""Target `onnx-int8`: ONNX with weights and activations of 8 bits, as quantise and dequantise nodes (QDQ).
+
+Weights have one scale for each output channel. Where a network has learned codes, they are the file's whole numbers and
+their steps its scales: nothing is rounded again, and a folded norm only scales rows. Learned grids of layers' inputs
+become the activations' scales; a grid narrower than 8 bits is cut off where it ends. All other ranges are calibrated:
+the least and largest values on the inputs at hand.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightfold.errors import ExportError
+from weightfold.export.check import Exported, verified
+from weightfold.export.example import Arguments, draw
+from weightfold.export.onnx_graph import Codes, Weight, codes_behind, constants, save_onnx, to_onnx, weights
+from weightfold.export.source import Source
+from weightfold.quant.activations import Grid
+from weightfold.runtime.onnx_runtime import load_onnx
+from weightfold.runtime.require import quiet, require
+
+SUFFIX = ".onnx"
+RELATIVE = 0.15
+"""Allowed error of the outputs, as a share of their norm."""
+N_DRAWN = 4
+"""Batches that are drawn where no real inputs are given."""
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+_MOVES = ("Add", "AveragePool", "Concat", "Flatten", "GlobalAveragePool", "MaxPool", "Pad", "Relu", "Reshape", "Slice")
+_DELICATE = ("LayerNormalization", "Softmax", "RMSNormalization", "GRU", "LSTM")
+"""Operators beside which sums stay in fp32: these need them finer than 8 bits."""
+
+
+def write(source: Source, path: Path) -> None:
+    """Write the file.
+
+    Raises:
+        ExportError: there is nothing to quantise, or the operators cannot be quantised.
+    """
+    model = to_onnx(source)
+    found = list(weights(model))
+    if not found:
+        raise ExportError(
+            "No layer of this model multiplies by stored weights: there is nothing to quantise.",
+            remedy="Export it as onnx, the nearest target that can.",
+        )
+    coded = {w.name: codes for w in found if (codes := codes_behind(w, source.coded)) is not None}
+    overrides = {w.name: _channels(coded[w.name], w) for w in found if w.name in coded and _fits(coded[w.name])}
+    overrides |= _grids(model, found, coded, source)
+    _quantise(model, found, overrides, _inputs(source, model), path)
+
+
+def verify(source: Source, path: Path, tolerance: float | None = None) -> Exported:
+    """Run the file in ONNX Runtime and compare with the module, its learned grids on."""
+    allowed = RELATIVE if tolerance is None else tolerance
+    return verified(source, load_onnx(path), "onnx-int8", rms=allowed, grids=source.grids)
+
+
+def _quantise(model: Any, found: list[Weight], overrides: dict[str, Any], inputs: list[Any], path: Path) -> None:
+    quantization = require("onnxruntime.quantization")
+    plain = {w.node.output[0] for w in found}
+    products = [n.name for n in model.graph.node if n.op_type == "MatMul" and n.output[0] not in plain]
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        file = Path(folder, "model.onnx")
+        save_onnx(model, file)
+        try:
+            quantization.quantize_static(
+                str(file),
+                str(path),
+                _reader(quantization, inputs),
+                op_types_to_quantize=_operators(model),
+                nodes_to_exclude=products,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                extra_options={"TensorQuantOverrides": overrides, "WeightSymmetric": True},
+            )
+        except OSError:
+            raise
+        except Exception as error:  # the tool raises classes of its own
+            text = str(error).strip().partition("\n")[0][:300]
+            raise ExportError(
+                f"ONNX Runtime's quantiser fails on this model: {type(error).__name__}: {text}",
+                remedy="Export it as onnx, the nearest target that can.",
+            ) from error
+
+
+def _operators(model: Any) -> list[str]:
+    """What is quantised: products, and what lies between them, unless that needs to be finer."""
+    kinds = Counter(node.op_type for node in model.graph.node)
+    return [*PRODUCTS] if any(kinds[name] for name in _DELICATE) else [*PRODUCTS, *_MOVES]
+
+
+def _inputs(source: Source, model: Any) -> list[dict[str, Any]]:
+    """What ranges are calibrated on: real inputs, else drawn ones, named as the graph names them."""
+    names = [item.name for item in model.graph.input]
+    fixed = [item.type.tensor_type.shape.dim for item in model.graph.input]
+    any_batch = all(not dims[0].HasField("dim_value") for dims in fixed if len(dims))
+    given = list(source.calibration) if any_batch else []
+    given = given or [draw(source.inputs, seed=seed) for seed in range(N_DRAWN)]
+    return [_named(names, arguments) for arguments in given]
+
+
+def _named(names: list[str], arguments: Arguments) -> dict[str, Any]:
+    args, named = arguments
+    free = [name for name in names if name not in named]
+    return {k: v.numpy() for k, v in (*zip(free, args, strict=False), *named.items())}
+
+
+def _reader(quantization: Any, inputs: list[dict[str, Any]]) -> Any:
+    class Reader(quantization.CalibrationDataReader):
+        left: Iterator[dict[str, Any]] = iter(inputs)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.left, None)
+
+    return Reader()
+
+
+# learned codes and grids ----------------------------------------------------------------------------------------------
+
+
+def _fits(codes: Codes) -> bool:
+    return int(np.abs(codes.codes_OI).max()) <= 127
+
+
+def _channels(codes: Codes, weight: Weight) -> list[dict[str, Any]]:
+    """The scale of each output channel, as ONNX Runtime's quantiser takes it."""
+    kind = require("onnxruntime.quantization").QuantType.QInt8
+    made = [{"quant_type": kind, "scale": scale, "zero_point": np.array(0, np.int8)} for scale in codes.scale_O]
+    made[0]["axis"] = weight.axis
+    return made
+
+
+def _grids(model: Any, found: list[Weight], coded: dict[str, Codes], source: Source) -> dict[str, Any]:
+    """Put the learned grids on what layers read; return the scales of those tensors."""
+    onnx, kind = require("onnx"), require("onnxruntime.quantization").QuantType.QUInt8
+    overrides: dict[str, Any] = {}
+    for weight in found:
+        name = coded[weight.name].name if weight.name in coded else weight.name
+        grid = source.grids.get(name.rpartition(".")[0])
+        if grid is None:
+            continue
+        tensor = _cut_off(onnx, model, weight, grid)
+        zero = np.array(128 if grid.signed else 0, np.uint8)
+        overrides[tensor] = [{"quant_type": kind, "scale": np.float32(grid.step), "zero_point": zero}]
+    return overrides
+
+
+def _cut_off(onnx: Any, model: Any, weight: Weight, grid: Grid) -> str:
+    """Bound what a layer reads by the ends of its grid; return the name of that tensor."""
+    low, high = (np.float32(end * grid.step) for end in grid.limits)
+    read, name = weight.node.input[0], f"{weight.node.output[0]}_grid"
+    stored = constants(model)
+    for end, value in (("low", low), ("high", high)):
+        if f"{name}_{end}" not in stored:
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), f"{name}_{end}"))
+    clip = onnx.helper.make_node("Clip", [read, f"{name}_low", f"{name}_high"], [name], name=f"{name}_clip")
+    weight.node.input[0] = name
+    at = next(i for i, node in enumerate(model.graph.node) if node.output[0] == weight.node.output[0])
+    model.graph.node.insert(at, clip)
+    return name
