@@ -17,9 +17,11 @@ _PUBLIC = {
     "Ledger": "weightfold.ledger",
     "Palette": "weightfold.methods.palette",
     "Prune": "weightfold.methods.prune",
+    "SelfCompress": "weightfold.methods.self_compress",
     "Tie": "weightfold.methods.tie",
     "load": "weightfold.export",
     "palettize": "weightfold.methods.palette",
+    "save_compressed": "weightfold.export",
     "trace": "weightfold.graph",
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from weightfold.artifact import Header, Structure, fingerprint, read_structure
 from weightfold.artifact.header import parse_header
+from weightfold.artifact.packed import fingerprint_of, read_packed
 from weightfold.audit.history import ledger_file
 from weightfold.errors import ArtifactError, LedgerError
 from weightfold.ledger import Entry, Ledger
@@ -23,6 +24,7 @@ from weightfold.ledger.entry import RESTORE
 
 MODELS = {"model.safetensors": ("folded", "dense"), "dense.safetensors": ("dense",)}
 AGAIN = "Copy the file again, or do the run again: the same settings, machine and threads give the same file."
+PACKED = "model.wfp"
 SELF = b"<!-- sha256 of all above: "
 """Begins the last line of a report."""
 
@@ -58,10 +60,12 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     for name in MODELS:
         if (folder / name).is_file():
             _check_model(folder / name, entries, facts["head"])
+    if (folder / PACKED).is_file():
+        _check_packed(folder / PACKED, entries, facts["head"])
     run = _check_run(folder, entries)
     _check_report(folder / "report.html")
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
-    covered = {*MODELS, "structure.json", "report.html", "run.json"} & set(found)
+    covered = {*MODELS, PACKED, "structure.json", "report.html", "run.json"} & set(found)
     if run is None:
         covered -= {"run.json", "structure.json"}
     facts["model"] = "model.safetensors" if "model.safetensors" in covered else None
@@ -105,6 +109,18 @@ def _check_model(path: Path, entries: list[Entry], head: str) -> None:
         raise ArtifactError(
             f"The tensors in '{path}' were changed: they do not have the fingerprint it gives.", remedy=AGAIN
         )
+
+
+def _check_packed(path: Path, entries: list[Entry], head: str) -> None:
+    """Check that a packed file decodes to the tensors that the ledger knows."""
+    packed = read_packed(path)
+    _check_head(path, packed.structure, head)
+    arrays = packed.arrays()
+    for name, digest in _tensor_digests("model.safetensors", entries).items():
+        if name not in arrays:
+            raise ArtifactError(f"'{path}' lacks the tensor '{name}' that the ledger knows.", remedy=AGAIN)
+        if fingerprint_of({name: arrays[name]}, {})[: len(digest)] != digest:
+            raise ArtifactError(f"The tensor '{name}' in '{path}' was changed: the ledger knows another.", remedy=AGAIN)
 
 
 def _heads_since_result(entries: list[Entry]) -> set[str]:

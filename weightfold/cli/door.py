@@ -81,6 +81,11 @@ def complain(message: str) -> None:
         typer.echo(rest, err=True)
 
 
+def warn(message: str) -> None:
+    """Print a warning on stderr, in yellow on a terminal."""
+    typer.secho(f"Warning: {message}", err=True, fg=typer.colors.YELLOW)
+
+
 def _silence_stdout() -> None:
     """Keep the interpreter from complaining once more when it flushes a pipe that nobody reads."""
     sink = os.open(os.devnull, os.O_WRONLY)

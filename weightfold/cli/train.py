@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,7 @@ class Method(StrEnum):
 
     fold = "fold"
     prune = "prune"
+    self_compress = "self-compress"
     none = "none"
 
 
@@ -35,6 +38,8 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+MAX_LAYERS = 24
+"""More layers are left to the report."""
 ALONE = ("resume", "as_json", "debug")
 """Options that may come along with --resume."""
 
@@ -63,10 +68,16 @@ def train(
     keep: Annotated[float, typer.Option(help="Share of the channels to keep.")] = 0.5,
     at: Annotated[float, typer.Option(help="When to act, as a share of the steps.")] = 0.1,
     max_accuracy_loss: Annotated[
-        float | None, typer.Option(metavar="POINTS", help="Dial: fold as far as this costs; in place of keep and at.")
+        float | None, typer.Option(metavar="POINTS", help="Dial: fold or compress as far as this costs.")
     ] = None,
     time_goal: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Dial: fold as far as this saves; in place of keep and at.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="self-compress: size of the file, such as 48kB or 1.5%.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(metavar="NATS", help="self-compress: cost of a bit, in place of a target.")
     ] = None,
     max_increase: Annotated[float, typer.Option(help="Largest rise of the probe loss that is accepted.")] = 0.1,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense network.")] = False,
@@ -77,11 +88,13 @@ def train(
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a dense network and, paired with it, one that folds itself while it trains; then compare the two."""
+    """Train a dense network and, paired with it, one that folds or compresses itself meanwhile; compare the two."""
     if resume is not None:
         _refuse_others(ctx)
         _run(resume, None, as_json=as_json)
         return
+    if method is Method.self_compress:
+        _refuse_given(ctx, ("keep",), "--method self-compress takes --target, --max-accuracy-loss or --strength")
     config = {
         "data": data or source,
         "limit": limit,
@@ -93,11 +106,13 @@ def train(
         "optimizer": optimizer.value if optimizer else "auto",
         "augment": augment,
         "seed": seed,
-        "method": method.value,
+        "method": method.name,
         "keep": keep,
         "at": at,
         "max_accuracy_loss": max_accuracy_loss,
         "time_goal": time_goal,
+        "target": target,
+        "strength": strength,
         "max_increase": max_increase,
         "dense": not no_dense,
         "device": device.value,
@@ -108,6 +123,7 @@ def train(
 
 def _run(out: Path, config: dict[str, Any] | None, *, force: bool = False, as_json: bool) -> None:
     """Start a run, or go on with one if there is no config; write the report; print the comparison."""
+    from weightfold.cli.live import board
     from weightfold.report import write_report
     from weightfold.training import TrainConfig
     from weightfold.training import resume as go_on
@@ -115,12 +131,8 @@ def _run(out: Path, config: dict[str, Any] | None, *, force: bool = False, as_js
 
     checked = None if config is None else TrainConfig(**config)
     try:
-        with show.progress("training", quiet=as_json) as update:
-
-            def tell(done: int, total: int, scores: dict[str, Any]) -> None:
-                update(done, total, _remark(scores))
-
-            run = go_on(out, progress=tell) if checked is None else start(checked, out, force=force, progress=tell)
+        with _plain_warnings(), board("" if checked is None else checked.method, quiet=as_json) as tell:
+            run = go_on(out, watch=tell) if checked is None else start(checked, out, force=force, watch=tell)
     except KeyboardInterrupt:
         raise _interrupted(out) from None
     write_report(out)
@@ -128,6 +140,18 @@ def _run(out: Path, config: dict[str, Any] | None, *, force: bool = False, as_js
         show.print_json({"out": str(out), **run})
         return
     print_run(out, run)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Write warnings as one line each, without the place in the code."""
+    import warnings
+
+    from weightfold.cli.door import warn
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        yield
 
 
 def _interrupted(out: Path) -> BaseException:
@@ -141,15 +165,19 @@ def _interrupted(out: Path) -> BaseException:
 
 def _refuse_others(ctx: typer.Context) -> None:
     """With --resume all settings come from the run."""
+    others = [name for name in ctx.params if name not in ALONE]
+    _refuse_given(ctx, others, "--resume takes all settings from the run", "Leave it out, or start a new run.")
+
+
+def _refuse_given(ctx: typer.Context, names: Iterable[str], why: str, remedy: str = "Leave it out.") -> None:
+    """Refuse options that were given, though they do not belong here."""
     from weightfold.errors import ConfigError
 
-    for name in ctx.params:
+    for name in names:
         given = ctx.get_parameter_source(name)
-        if name not in ALONE and given is not None and given.name == "COMMANDLINE":
-            raise ConfigError(
-                f"--resume takes all settings from the run; '{name.replace('_', '-')}' cannot be given with it.",
-                remedy="Leave it out, or start a new run.",
-            )
+        if given is not None and given.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise ConfigError(f"{why}; '{option}' cannot be given with it.", remedy=remedy)
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -183,12 +211,9 @@ def _value(text: str) -> Any:
         return text
 
 
-def _remark(scores: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {facts['score']:.3f}" for name, facts in scores.items())
-
-
 def print_run(out: Path, run: dict[str, Any]) -> None:
     """Print the comparison of a finished run."""
+    from weightfold.cli.live import NAMES
     from weightfold.training.result import comparison
 
     results, config = run["results"], run["config"]
@@ -199,15 +224,33 @@ def print_run(out: Path, run: dict[str, Any]) -> None:
         values = [show.quantity(row[arm], row["unit"]) for arm in ("dense", "folded") if arm in results["arms"]]
         rows.append([row["name"], *values, *([show.change(row)] if both else [])])
     names = [name for name in ("dense", "folded") if name in results["arms"]]
-    heads = ["pruned" if name == "folded" and config["method"] == "prune" else name for name in names]
+    heads = [NAMES.get(config["method"], name) if name == "folded" else name for name in names]
     show.table(["", *heads, *(["change"] if both else [])], rows, right=(1, 2, 3), title=title)
+    if "packed" in results["arms"].get("folded", {}):
+        print_layers(results["arms"]["folded"])
     console = show.console()
     for line in remarks(results):
         console.print(line)
     console.print()
     console.print(f"report  {out / 'report.html'}")
-    console.print(f"model   {out / 'model.safetensors'}")
+    packed = results["arms"].get("folded", {}).get("packed")
+    if packed:
+        console.print(f"file    {out / 'model.wfp'}, {packed['coded_bytes']:,} bytes")
+    console.print(f"model   {out / 'model.safetensors'}{', the same values as floats' if packed else ''}")
     console.print(f"ledger  {out / 'ledger.db'}, {results['entries']} entries, head {results['head'][:16]}")
+
+
+def print_layers(arm: Mapping[str, Any]) -> None:
+    """Print what is left of each layer of a self-compressed network."""
+    if len(arm["layers"]) > MAX_LAYERS:
+        return
+    rows = []
+    for layer in arm["layers"]:
+        (channels, living), (full, left) = layer["rows"], layer["weights"]
+        taken = arm["packed"]["by_tensor"][layer["name"]]
+        share = f"{left:,} of {full:,}"
+        rows.append([layer["name"], f"{living} of {channels}", share, f"{layer['bits']:.1f}", f"{taken:,.0f}"])
+    show.table(["layer", "channels", "weights left", "bits", "bytes"], rows, right=(1, 2, 3, 4))
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
@@ -222,13 +265,26 @@ def remarks(results: dict[str, Any]) -> list[str]:
         )
         lines.append(text.replace("-", "−"))
     folded = results["arms"].get("folded")
+    if folded and "packed" in folded:
+        lines.append(_file_in_words(folded))
     if folded and "prepare_seconds" in folded:
         n_done = sum(event["accepted"] for event in folded["events"])
         lines.append(
             f"Its training seconds include {folded['prepare_seconds']:.1f} of preparation and "
             f"{folded['event_seconds']:.1f} for {n_done} of {len(folded['events'])} proposed edits accepted."
         )
-        if not n_done:
+        if not n_done and "packed" not in folded:
             why = next((event["reason"] for event in folded["events"]), "see weightfold ledger show")
             lines.append(f"[red]No edit was accepted,[/] the network kept its widths: {why}.")
     return lines
+
+
+def _file_in_words(arm: Mapping[str, Any]) -> str:
+    packed, (full, left) = arm["packed"], arm["weights"]
+    aim = packed["target_bytes"]
+    asked = "" if aim is None else f" (asked for: {aim:,})"
+    return (
+        f"The file takes {packed['coded_bytes']:,} bytes{asked}, {100 * packed['share']:.2g} % of the float network's "
+        f"{packed['fp32_bytes']:,}; without the entropy coder {packed['packed_bytes']:,}. It keeps {left:,} of "
+        f"{full:,} weights, {100 * left / full:.2g} %."
+    )

@@ -2,7 +2,7 @@
 
 from weightfold.export.blueprint import Blueprint
 from weightfold.export.check import Exported
-from weightfold.export.packed import load_packed, promised_packed_bytes, save_packed
+from weightfold.export.packed import load_packed, promised_packed_bytes, save_compressed, save_packed
 from weightfold.export.saved import load, save_model
 from weightfold.export.source import Source
 from weightfold.export.targets import TARGETS, export
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "load_packed",
     "promised_packed_bytes",
+    "save_compressed",
     "save_model",
     "save_packed",
 ]

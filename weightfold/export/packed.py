@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weightfold.artifact import Builder
 from weightfold.artifact.coded import CodedTensor
 from weightfold.artifact.matrix import Coding
-from weightfold.artifact.packed import Array, Packed, PackedSizes, promised_bytes, read_packed, write_packed
-from weightfold.errors import ArtifactError, ExportError
-from weightfold.export.blueprint import find_aliases, rebuild_, state_tensors
+from weightfold.artifact.packed import SUFFIX, Array, Packed, PackedSizes, promised_bytes, read_packed, write_packed
+from weightfold.errors import ArtifactError, ConfigError, ExportError
+from weightfold.export.blueprint import Blueprint, find_aliases, rebuild_, state_tensors
 from weightfold.export.saved import make, structure_of
 from weightfold.export.source import Source
+from weightfold.quant.codes import CodedModel
 
 
 def save_packed(
@@ -51,6 +53,39 @@ def save_packed(
     """
     structure = structure_of(source.model, source.before, source.builder, source.inputs, source.ledger_head)
     return write_packed(path, structure, coded, _plain(source.model, coded), coding=coding)
+
+
+def save_compressed(
+    model: nn.Module, tensors: CodedModel, path: str | Path, *, original: nn.Module, ledger_head: str | None = None
+) -> PackedSizes:
+    """Write a network that compressed itself in a loop of your own as a packed file.
+
+    Args:
+        model: what `Compressor.convert` gave.
+        tensors: `SelfCompress.result`, its codes.
+        path: the file, replaced if it exists; its name ends in ".wfp".
+        original: a network made as the model was, before any training; its weights do not matter.
+        ledger_head: hash of the last entry of the run's ledger.
+    Returns:
+        sizes: bytes of the file, its header and its tensors.
+    Raises:
+        ExportError: a tensor of the model was changed after it was converted; names it.
+        ConfigError: the name has another ending.
+    Example:
+        >>> import tempfile
+        >>> from weightfold.quant.codes import CodedModel
+        >>> tensors = CodedModel({"weight": CodedTensor(np.eye(2, 3, dtype=np.int16), np.zeros(2, np.int16))}, {})
+        >>> net = nn.Linear(3, 2, bias=False)
+        >>> tensors.load_into(net)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sizes = save_compressed(net, tensors, f"{folder}/net.wfp", original=nn.Linear(3, 2, bias=False))
+        ...     load_packed(f"{folder}/net.wfp", nn.Linear(3, 2, bias=False)).weight.tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    if Path(path).suffix != SUFFIX:
+        raise ConfigError(f"The name of a packed file must end in '{SUFFIX}'. Got '{path}' instead.")
+    builder = Builder(kind="instance", name=type(original).__name__)
+    return save_packed(Source(model, (), Blueprint.of(original), builder, ledger_head), tensors.coded, path)
 
 
 def promised_packed_bytes(source: Source, coded: Mapping[str, CodedTensor], *, coding: Coding = "entropy") -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from weightfold.audit.bits import Bits, bits_of
 from weightfold.audit.history import history_of
 from weightfold.audit.timeline import Timeline, read_timeline
 from weightfold.errors import ArtifactError
@@ -95,6 +96,7 @@ class Facts:
     plans: list[tuple[dict[str, Any], dict[str, Any]]]
     entries: int
     head: str
+    bits: Bits | None = None
 
     @property
     def results(self) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def gather(folder: Path) -> Facts:
             [(entry.body, entry.aside) for entry in ledger.entries() if "candidates" in entry.body],
             len(ledger),
             ledger.head,
+            bits_of(ledger),
         )
 
 

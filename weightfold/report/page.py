@@ -9,6 +9,7 @@ from weightfold import __version__
 from weightfold.artifact import write_bytes
 from weightfold.audit.folder import sealed
 from weightfold.report import origin, sections
+from weightfold.report.compressed import bits
 from weightfold.report.facts import Facts, gather
 from weightfold.report.weighed import weighed
 
@@ -39,6 +40,7 @@ def render(facts: Facts) -> str:
     parts = (
         sections.header(facts),
         sections.cards(facts),
+        bits(facts),
         sections.curves(facts),
         sections.timeline(facts),
         weighed(facts),

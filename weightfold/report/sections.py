@@ -6,11 +6,14 @@ from collections import Counter
 from html import escape
 from typing import Any
 
+from weightfold.report.compressed import lead_of_file, packed_of
 from weightfold.report.facts import Curve, Decision, Facts
 from weightfold.report.svg import Line, interval_plot, line_plot, smooth
 from weightfold.report.timeline import picture
 from weightfold.report.words import ROWS, change, fewer, quantity, score_unit, signed, small
 
+NAMES = {"prune": "pruned", "self_compress": "compressed"}
+"""What a method makes of a network."""
 ON_CARDS = ("parameters", "size_bytes", "seconds", "latency_ms_1", "latency_ms_64")
 
 
@@ -18,8 +21,7 @@ def names_of(facts: Facts) -> dict[str, str]:
     """What the two networks are called in this run."""
     if facts.run["kind"] == "fold":
         return {"dense": "before", "folded": "after"}
-    method = facts.run["config"].get("method", "fold")
-    return {"dense": "dense", "folded": "pruned" if method == "prune" else "folded"}
+    return {"dense": "dense", "folded": NAMES.get(facts.run["config"].get("method", "fold"), "folded")}
 
 
 def header(facts: Facts) -> str:
@@ -46,6 +48,8 @@ def lead(facts: Facts) -> str:
     if len(facts.arms) < 2:
         (only,) = facts.arms
         arm = arms[only]
+        if packed_of(facts):
+            return f"{lead_of_file(facts)}. Its test {results['score']} is {quantity(arm['score'], unit)}."
         return (
             f"The network reaches a test {results['score']} of {quantity(arm['score'], unit)} "
             f"with {arm['parameters']:,} parameters."
@@ -53,10 +57,13 @@ def lead(facts: Facts) -> str:
     dense, folded = arms["dense"], arms["folded"]
     gone = fewer(change(dense["parameters"], folded["parameters"]) or 0.0, "fewer", "more")
     parts = [f"The {_adjective(facts)} network has <strong>{gone}</strong> parameters"]
+    if packed_of(facts):
+        parts = [lead_of_file(facts)]
     time = change(dense.get("seconds"), folded.get("seconds"))
     if time is not None:
+        link = "; it" if packed_of(facts) else " and"
         parts.append(
-            f" and took <strong>{fewer(time, 'less', 'more')}</strong> training time "
+            f"{link} took <strong>{fewer(time, 'less', 'more')}</strong> training time "
             f"({quantity(folded['seconds'], 'seconds')} instead of {quantity(dense['seconds'], 'seconds')})"
         )
     parts.append(
@@ -90,6 +97,8 @@ def cards(facts: Facts) -> str:
     out = [_score_card(facts, names)]
     for key, title, unit in ROWS:
         before, after = arms["dense"].get(key), arms["folded"].get(key)
+        if key == "parameters" and packed_of(facts):
+            title, (before, after) = "Weights that are not zero", arms["folded"]["weights"]
         percent = change(before, after)
         if percent is None or key not in ON_CARDS:
             continue

@@ -228,13 +228,17 @@ def _drawable(value: float) -> bool:
 
 
 def _svg(timeline: Timeline, height: float, parts: Iterable[str], *, alone: bool) -> str:
-    title, summary = f"Timeline of {timeline.title}", timeline.summary()
+    return standing(f"Timeline of {timeline.title}", timeline.summary(), WIDTH, height, parts, alone=alone)
+
+
+def standing(title: str, summary: str, width: float, height: float, parts: Iterable[str], *, alone: bool) -> str:
+    """Put a picture together that can stand alone: with its own style, size and ground, or as part of a page."""
     namespace = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
     ground = f"<style>{_own_style()}</style>" if alone else ""
-    page = f'<rect class="t-page" width="{WIDTH}" height="{height}"/>' if alone else ""
-    size = f' width="{WIDTH}" height="{height:g}"' if alone else ""
+    page = f'<rect class="t-page" width="{width}" height="{height}"/>' if alone else ""
+    size = f' width="{width}" height="{height:g}"' if alone else ""
     return (
-        f'<svg{namespace}{size} class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img" '
+        f'<svg{namespace}{size} class="plot" viewBox="0 0 {width} {height:g}" role="img" '
         f'aria-label="{escape(title)}. {escape(summary)}"><title>{escape(title)}</title><desc>{escape(summary)}</desc>'
         f"{ground}{page}{''.join(parts)}</svg>\n"
     )

@@ -79,6 +79,8 @@ def train_again(
 ) -> Facts:
     """Repeat a run's training with its recorded decisions forced, and compare the two.
 
+    Where bits were learned with the weights there is nothing to force: the run is done again as it was.
+
     Args:
         folder: of a finished training run.
         out: folder of the new run.
@@ -103,7 +105,8 @@ def train_again(
         raise ConfigError(f"'{out}' is the run that is replayed.", remedy="Choose another --out.")
     with Ledger.open(folder / files.LEDGER, readonly=True) as ledger:
         history = read(ledger)
-        forced = Replay(history, ledger.get_blob)
+        learns = run["config"]["method"] == "self_compress"
+        forced = None if learns else Replay(history, ledger.get_blob)
         losses = ledger.metrics("folded/loss")
     config = _config(run, threads, device, maker)
     again = train(config, out, force=force, progress=progress, forced=forced)
@@ -270,6 +273,11 @@ def undo_run(
     target = folder / files.MODEL if out is None else Path(out)
     run = files.read_run(folder)
     _check_target(target, folder, out, force=force)
+    if out is None and (folder / files.PACKED).exists():
+        raise ConfigError(
+            f"'{folder / files.PACKED}' holds the network as it is: taken back, it would be another.",
+            remedy="Pass --out FILE for the wider network.",
+        )
     with Ledger.open(folder / files.LEDGER, readonly=out is not None) as ledger:
         history = read(ledger)
         _check_standing(history, seq)

@@ -20,12 +20,14 @@ from weightfold.export.blueprint import Blueprint, rebuild_
 from weightfold.ledger import Ledger
 from weightfold.models import TaskSpec
 from weightfold.training.config import TrainConfig
+from weightfold.training.looks import Start
 from weightfold.training.measure import outputs, synchronise
 
 if TYPE_CHECKING:
     from weightfold.compressor import Compressor
     from weightfold.graph import ChannelGraph
     from weightfold.methods.base import Method
+    from weightfold.methods.self_compress import SelfCompress
     from weightfold.replay import Replay
 
 MOMENTUM = 0.9
@@ -69,6 +71,7 @@ class Arm:
         self.event_seconds = 0.0
         self.widths: dict[str, int] = {}
         self.points: list[Point] = []
+        self.start: Start | None = None
 
     def warm_up(self, batch: Batch) -> None:
         """Take one step on a copy, so that no network pays for what the first step of a process costs."""
@@ -87,6 +90,8 @@ class Arm:
         """
         from weightfold.compressor import Compressor
 
+        if self.config.method == "self_compress":
+            self.start = Start.of(self.model, self.config.target)
         start = time.perf_counter()
         self.compressor = Compressor(
             self.model,
@@ -165,6 +170,19 @@ class Arm:
             for part in parts
         ]
 
+    @property
+    def quantising(self) -> SelfCompress | None:
+        """The method that learns bits, if this network has one."""
+        from weightfold.methods.self_compress import SelfCompress
+
+        methods = () if self.compressor is None else self.compressor.methods
+        return next((method for method in methods if isinstance(method, SelfCompress)), None)
+
+    def looks(self, after: int) -> list[dict[str, Any]]:
+        """What the method that learns bits has found since a step."""
+        method = self.quantising
+        return [] if method is None else [record for record in method.history if record["step"] > after]
+
     def finish(self) -> nn.Module:
         """Give the plain network."""
         model = self.model if self.compressor is None else self.compressor.convert()
@@ -235,6 +253,8 @@ def make_method(config: TrainConfig) -> Method:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
+    if config.method == "self_compress":
+        return found[0](**_compression(config))
     settings: dict[str, Any] = {"keep": config.keep, "at": config.at}
     for dial in ("max_accuracy_loss", "time_goal"):
         if getattr(config, dial) is not None:
@@ -247,3 +267,9 @@ def make_method(config: TrainConfig) -> Method:
     if "stats_batches" in found[0].Config.model_fields:
         settings["stats_batches"] = max(16, -(-N_STATS // config.batch_size))
     return found[0](**settings)
+
+
+def _compression(config: TrainConfig) -> dict[str, Any]:
+    """Settings of self-compression."""
+    dials = {name: getattr(config, name) for name in ("target", "max_accuracy_loss", "strength")}
+    return {"at": config.at, **{name: value for name, value in dials.items() if value is not None}}

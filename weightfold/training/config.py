@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from weightfold.config import Config
-from weightfold.models.task import TaskSpec
+from weightfold.models.task import ImageInput, TaskSpec
 
-METHODS = ("fold", "none", "prune")
 _MODELS = {("image", ""): "vgg-small", ("text", "next-token"): "char-gpt", ("text", ""): "gru"}
 _ADAPTIVE = ("char-gpt", "gru", "vit-tiny")
+_FEW_PIXELS = 256
 
 
 class TrainConfig(Config):
@@ -32,21 +32,25 @@ class TrainConfig(Config):
     lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """first learning rate, which falls to 0 along half a cosine; 0.05 for sgd and 0.002 for adamw"""
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
-    """sgd has momentum 0.9; auto takes adamw for gru and transformers"""
+    """sgd has momentum 0.9; auto takes adamw for gru, transformers and self_compress"""
     weight_decay: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
     """decay of the weights"""
     augment: bool = False
     """shift (and mirror) images, shift the windows of a text"""
     seed: NonNegativeInt = 0
     """of the initial weights and of the order of samples, the same for both networks"""
-    method: Literal["fold", "prune", "none"] = "fold"
+    method: Literal["fold", "prune", "self_compress", "none"] = "fold"
     """what makes the second network smaller; none trains the dense one alone"""
     keep: float = Field(default=0.5, gt=0, le=1)
     """share of the channels that the method keeps"""
     max_accuracy_loss: float | None = Field(default=None, ge=0)
-    """points of accuracy that folding may cost, in place of `keep` and `at`"""
+    """points of accuracy that folding (in place of `keep` and `at`) or self-compression (of `target`) may cost"""
     time_goal: float | None = Field(default=None, gt=0, lt=1)
     """share of the training time to save, in place of `keep` and `at`"""
+    target: str | int | None = None
+    """self_compress: size of the file, "48 kB", "1.5%" of the float file, or a number of bytes"""
+    strength: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """self_compress: what a bit of the file costs in the loss, in nats, in place of `target`"""
     at: float = Field(default=0.1, ge=0, le=1)
     """when it acts, as a share of the steps"""
     max_increase: float = Field(default=0.1, ge=0, allow_inf_nan=False)
@@ -58,8 +62,24 @@ class TrainConfig(Config):
     threads: PositiveInt | None = None
     """threads of torch; its own choice by default"""
 
+    @model_validator(mode="after")
+    def _own_dials(self) -> Self:
+        """Each dial belongs to a method, and a run turns one."""
+        compresses = self.method == "self_compress"
+        given = [n for n in ("target", "strength", "max_accuracy_loss", "time_goal") if getattr(self, n) is not None]
+        foreign = [name for name in given if name in ("target", "strength") and not compresses]
+        if foreign:
+            raise ValueError(f"'{foreign[0]}' is a setting of the method 'self_compress', not of '{self.method}'")
+        if compresses and "time_goal" in given:
+            raise ValueError("'time_goal' is a setting of the method 'fold', not of 'self_compress'")
+        if compresses and len(given) > 1:
+            raise ValueError(f"'{given[0]}' and '{given[1]}' exclude each other: give one")
+        return self
+
     def resolved(self, task: TaskSpec) -> Self:
         """Put values in the place of what is left open, for the data's task.
+
+        Self-compression takes AdamW and, for images of few pixels, a network of a quarter of the width.
 
         Example:
             >>> from weightfold.models import ImageInput, Classes
@@ -68,14 +88,16 @@ class TrainConfig(Config):
             >>> open.model, open.optimizer, open.lr
             ('vgg-small', 'sgd', 0.05)
         """
-        model = self.model
+        model, overrides, compresses = self.model, self.overrides, self.method == "self_compress"
         if model == "auto":
+            if compresses and not overrides and isinstance(task.input, ImageInput):
+                overrides = {"width": 16} if task.input.height * task.input.width <= _FEW_PIXELS else {}
             model = _MODELS.get((task.input.kind, task.output.kind), _MODELS.get((task.input.kind, ""), "mlp"))
         optimizer = self.optimizer
         if optimizer == "auto":
-            optimizer = "adamw" if model in _ADAPTIVE else "sgd"
+            optimizer = "adamw" if model in _ADAPTIVE or compresses else "sgd"
         lr = self.lr or (0.05 if optimizer == "sgd" else 0.002)
-        return self.model_copy(update={"model": model, "optimizer": optimizer, "lr": lr})
+        return self.model_copy(update={"model": model, "overrides": overrides, "optimizer": optimizer, "lr": lr})
 
     @property
     def arms(self) -> tuple[str, ...]:

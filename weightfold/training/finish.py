@@ -11,7 +11,7 @@ from torch import nn
 
 from weightfold.artifact import Builder
 from weightfold.data import Dataset
-from weightfold.export import save_model
+from weightfold.export import Source, save_model, save_packed
 from weightfold.export.blueprint import find_aliases, state_tensors
 from weightfold.export.example import task_input
 from weightfold.export.saved import write_structure
@@ -20,6 +20,7 @@ from weightfold.ledger import Ledger
 from weightfold.size import macs, parameters
 from weightfold.training import folder as files
 from weightfold.training.arm import Arm
+from weightfold.training.looks import coded_facts, final_values, packed_facts
 from weightfold.training.measure import evaluate, latency_ms, paired_difference, score_name, slice_inputs
 
 LATENCY_BATCHES = (1, 64)
@@ -46,6 +47,11 @@ def finish(arms: Mapping[str, Arm], data: Dataset, ledger: Ledger, out: Path, bu
     results["head"], results["entries"] = ledger.head, len(ledger)
     _save(arms, models, data, ledger.head, out, builder)
     _add_wall_clock(results, arms, models, data, out)
+    for name, arm in arms.items():
+        if arm.start is not None:
+            source = Source(models[name], (task_input(data.task),), arm.before, builder, ledger.head)
+            _add_packed(results["arms"][name], arm, source, out / files.PACKED)
+            ledger.log_metrics(arm.total_steps, final_values(results["arms"][name]))
     return results
 
 
@@ -69,6 +75,7 @@ def _facts(arm: Arm, model: nn.Module, score: Any) -> dict[str, Any]:
     """What is the same whenever the run is done again."""
     example = arm.task.example(1).to(arm.device)
     after = {} if arm.compressor is None else {group.name: group.n_channels for group in arm.compressor.graph}
+    coded = arm.quantising.result if arm.quantising else None
     return {
         "score": score.value,
         "loss": score.loss,
@@ -76,6 +83,7 @@ def _facts(arm: Arm, model: nn.Module, score: Any) -> dict[str, Any]:
         "macs": macs(model, example),
         "fingerprint": fingerprint(model),
         "widths": [[name, before, after.get(name, before)] for name, before in arm.widths.items()],
+        **({} if coded is None or arm.start is None else coded_facts(coded, arm.start)),
     }
 
 
@@ -88,6 +96,17 @@ def _save(
         structure = save_model(model, path, before=arms[name].before, builder=builder, inputs=inputs, ledger_head=head)
         if path.name == files.MODEL:
             write_structure(structure, out)
+
+
+def _add_packed(facts: dict[str, Any], arm: Arm, source: Source, path: Path) -> None:
+    """Write the packed file, which is what such a network takes; the plain one beside it holds the same values."""
+    coded = arm.quantising.result if arm.quantising else None
+    assert coded is not None
+    assert arm.start is not None
+    sizes = save_packed(source, coded.coded, path)
+    facts["packed"] = packed_facts(source, coded, sizes, arm.start)
+    facts["plain_bytes"], facts["size_bytes"] = facts["size_bytes"], sizes.total_bytes
+    facts["file"] = path.name
 
 
 def _add_wall_clock(

@@ -13,11 +13,13 @@ from weightfold.errors import ArtifactError, ConfigError
 RUN = "run.json"
 LEDGER = "ledger.db"
 MODEL = "model.safetensors"
+PACKED = "model.wfp"
 DENSE = "dense.safetensors"
 STRUCTURE = "structure.json"
 REPORT = "report.html"
-OURS = (RUN, LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", MODEL, DENSE, STRUCTURE, REPORT, "checkpoint.safetensors")
-HASHED = (LEDGER, MODEL, DENSE, STRUCTURE)
+CHECKPOINT = "checkpoint.safetensors"
+OURS = (RUN, LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", MODEL, PACKED, DENSE, STRUCTURE, REPORT, CHECKPOINT)
+HASHED = (LEDGER, MODEL, PACKED, DENSE, STRUCTURE)
 FORMAT = 1
 
 

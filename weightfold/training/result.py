@@ -69,7 +69,17 @@ def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         "beyond_chance": not low <= 0 <= high,
         "change_unit": "points" if results["score"] == "accuracy" else "hundredths",
     }
-    return [score, *(_row(row, dense, folded) for row in ROWS)]
+    rows = [score, *(_row(row, dense, folded) for row in ROWS)]
+    if folded is None or "packed" not in folded:
+        return rows
+    full, left = folded["weights"]
+    weights = {"name": "weights that are not zero", "key": "weights", "unit": "count", "better": "less"}
+    weights |= {"dense": full, "folded": left, "change": change_percent(full, left), "change_unit": "percent"}
+    return [score, *(row for row in rows if row["key"] == "size_bytes"), weights, *_others(rows)]
+
+
+def _others(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["key"] not in ("score", "size_bytes")]
 
 
 def _row(row: Row, dense: Mapping[str, Any] | None, folded: Mapping[str, Any] | None) -> dict[str, Any]:

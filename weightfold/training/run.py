@@ -32,6 +32,7 @@ from weightfold.training.checkpoint import read_checkpoint, write_checkpoint
 from weightfold.training.config import TrainConfig
 from weightfold.training.environment import machine, pick_device, versions
 from weightfold.training.finish import finish
+from weightfold.training.looks import Look, Watch, look_values
 from weightfold.training.measure import evaluate, outputs
 from weightfold.training.rewind import rewind
 
@@ -58,6 +59,7 @@ def train(
     force: bool = False,
     progress: Progress | None = None,
     forced: Replay | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train, compare, and write the folder of the run.
 
@@ -67,6 +69,7 @@ def train(
         force: write over the run that the folder holds.
         progress: told after each epoch.
         forced: decisions of an earlier run, in place of the method's own; not judged by a gate.
+        watch: told after every few batches.
     Returns:
         run: what `run.json` holds.
     Raises:
@@ -83,10 +86,10 @@ def train(
             run.close()
             files.clear(out)
             raise
-        return run.go(progress)
+        return run.go(progress, watch)
 
 
-def resume(out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def resume(out: str | Path, *, progress: Progress | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Go on with an interrupted run; a finished one is only read.
 
     Raises:
@@ -105,7 +108,7 @@ def resume(out: str | Path, *, progress: Progress | None = None) -> dict[str, An
     with _own_state(config):
         run = _Run(config, out)
         run.take_up()
-        return run.go(progress)
+        return run.go(progress, watch)
 
 
 class _Run:
@@ -124,6 +127,8 @@ class _Run:
         self.epoch, self.step = 0, 0
         self.ledger: Ledger | None = None
         self.arms: dict[str, Arm] = {}
+        self.scores: dict[str, Any] = {}
+        self.watch: Watch | None = None
 
     def facts(self) -> dict[str, Any]:
         """What is hashed into the first entry: all that the result depends on."""
@@ -148,6 +153,9 @@ class _Run:
         """Start from nothing."""
         self.ledger = Ledger.create(self.out / files.LEDGER, run=self.facts())
         self._make_arms(self.ledger)
+        for arm in self.arms.values():
+            if arm.start is not None:
+                self.ledger.log_metrics(0, arm.start.values())
         self._write_status("running")
         self._save()
 
@@ -169,15 +177,17 @@ class _Run:
             if arm.compressor is not None:
                 arm.compressor.ledger = self.ledger
 
-    def go(self, progress: Progress | None) -> dict[str, Any]:
+    def go(self, progress: Progress | None, watch: Watch | None = None) -> dict[str, Any]:
         """Train to the end and account for it."""
+        self.watch = watch
         try:
             for epoch in range(self.epoch, self.config.epochs):
-                scores = self._train_epoch(epoch)
+                self._train_epoch(epoch)
                 self.epoch = epoch + 1
                 self._save()
+                self._tell()
                 if progress is not None:
-                    progress(self.epoch, self.config.epochs, scores)
+                    progress(self.epoch, self.config.epochs, self.scores)
             assert self.ledger is not None
             results = finish(self.arms, self.data, self.ledger, self.out, builder_of(self.config, self.data))
         finally:
@@ -209,8 +219,8 @@ class _Run:
         generator = torch.Generator().manual_seed(_mix(self.config.seed, epoch))
         return self.data.batches("train", self.config.batch_size, generator=generator, augment=self.config.augment)
 
-    def _train_epoch(self, epoch: int) -> dict[str, Any]:
-        batches = self._epoch(epoch)
+    def _train_epoch(self, epoch: int) -> None:
+        batches, first = self._epoch(epoch), self.step
         for turn in itertools.count():
             stretch = self._take(batches)
             if not stretch:
@@ -220,7 +230,17 @@ class _Run:
                 torch.manual_seed(_mix(self.config.seed, epoch, turn))
                 arm.train(stretch, self.step)
             self.step += len(stretch)
-        return self._log()
+            self._tell()
+        self._log(first)
+
+    def _tell(self) -> None:
+        """Say where the run stands."""
+        if self.watch is None:
+            return
+        arm = next(reversed(self.arms.values()))
+        looks = arm.looks(0)
+        numbers = (self.epoch, self.config.epochs, self.step, self.total_steps)
+        self.watch(Look(*numbers, self.scores, arm.start, looks[-1] if looks else None))
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         """Make the next stretch; the time that takes counts for each network, as if it were alone."""
@@ -233,19 +253,19 @@ class _Run:
             arm.seconds += clock[0]
         return stretch
 
-    def _log(self) -> dict[str, Any]:
-        """Record the losses and the scores on the validation samples."""
+    def _log(self, first: int) -> None:
+        """Record the losses and looks of the steps after `first`, and the scores on the validation samples."""
         assert self.ledger is not None
         window = max(1, self.total_steps // N_POINTS)
-        scores: dict[str, Any] = {}
         for name, arm in self.arms.items():
+            for record in arm.looks(first):
+                self.ledger.log_metrics(record["step"], look_values(record))
             for step, values in arm.curve(window, last=self.epoch + 1 == self.config.epochs):
                 self.ledger.log_metrics(step, {f"{name}/{key}": value for key, value in values.items()})
             score = evaluate(arm.model, self.data, "val", self.device)
-            scores[name] = {"loss": score.loss, "score": score.value, "seconds": arm.seconds}
+            self.scores[name] = {"loss": score.loss, "score": score.value, "seconds": arm.seconds}
             values = {"val_loss": score.loss, "val_score": score.value, "val_seconds": arm.seconds}
             self.ledger.log_metrics(self.step, {f"{name}/{key}": value for key, value in values.items()})
-        return scores
 
     def _save(self) -> None:
         assert self.ledger is not None

@@ -14,6 +14,7 @@ from weightfold.cli.door import Json, guarded
 from weightfold.cli.ledger.common import Source
 
 if TYPE_CHECKING:
+    from weightfold.audit.bits import Bits, Layer
     from weightfold.audit.timeline import Row, Timeline
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -31,14 +32,16 @@ COLUMNS = 60
 @guarded
 def timeline(
     source: Source,
+    bits: Annotated[bool, typer.Option("--bits", help="Bits by layer, of a run of self-compression.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write the picture to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over the file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the width of every group over the run, what was decided when, and the loss."""
+    """Show the width of every group over the run, what was decided when, and the loss; or the bits of every layer."""
+    from weightfold.audit.bits import Bits, read_bits
     from weightfold.audit.timeline import read_timeline
 
-    found = read_timeline(source)
+    found = read_bits(source) if bits else read_timeline(source)
     if out is not None:
         _write(found, out, force=force)
     if as_json:
@@ -48,18 +51,52 @@ def timeline(
         show.console().print(f"picture  {show.plain(out)}", soft_wrap=True)
         return
     console = show.console()
-    for line in drawn(found):
+    for line in drawn_bits(found) if isinstance(found, Bits) else drawn(found):
         console.print(line, soft_wrap=True)
 
 
-def _write(found: Timeline, out: Path, *, force: bool) -> None:
+def _write(found: Timeline | Bits, out: Path, *, force: bool) -> None:
     from weightfold.artifact import write_bytes
+    from weightfold.audit.bits import Bits
     from weightfold.errors import ConfigError
+    from weightfold.report.bits import bits_picture
     from weightfold.report.timeline import picture
 
     if out.exists() and not force:
         raise ConfigError(f"'{out}' exists.", remedy="Choose another --out, or pass --force to write over it.")
-    write_bytes(out, picture(found, alone=True).encode())
+    drawing = bits_picture(found, alone=True) if isinstance(found, Bits) else picture(found, alone=True)
+    write_bytes(out, drawing.encode())
+
+
+def drawn_bits(found: Bits) -> Iterator[str]:
+    """Draw the bits of every layer in characters: the height of a column is the mean over its living channels."""
+    yield f"[bold]{show.plain(found.title)}[/], {found.total:,.0f} steps"
+    width = max(len("file"), *(min(28, len(layer.name)) for layer in found.layers))
+    peak = max(value for layer in found.layers for _, value in layer.series("bits")) or 1.0
+    for layer in found.layers:
+        name = layer.name if len(layer.name) <= width else f"…{layer.name[1 - width :]}"
+        cells = _heights(layer.series("bits"), found.total, peak)
+        yield f"{show.plain(f'{name:>{width}}')}  [green]{cells}[/]  {_end(layer)}"
+    sizes = tuple((step, math.log(value)) for step, value in found.sizes)
+    low = min(value for _, value in sizes)
+    cells = _heights(tuple((x, y - low) for x, y in sizes), found.total, max(y for _, y in sizes) - low or 1.0)
+    ends = f"{found.sizes[0][1]:,.0f} → {found.sizes[-1][1]:,.0f} bytes"
+    aim = "" if found.target is None else f", {found.target:,.0f} asked for"
+    yield f"{'file':>{width}}  [cyan]{cells}[/]  {ends}{aim}; {found.float_bytes:,.0f} as floats"
+
+
+def _end(layer: Layer) -> str:
+    first, last = layer.points[0], layer.points[-1]
+    return f"{first[1]:.1f} → {last[1]:.1f} bits, {last[3]:,.0f} of {layer.weights:,} weights"
+
+
+def _heights(points: Sequence[tuple[float, float]], total: float, peak: float) -> str:
+    """A line as columns of characters; blank before its first point."""
+    cells = []
+    for column in range(COLUMNS):
+        past = [y for x, y in points if x <= total * (column + 1) / COLUMNS]
+        cells.append(BARS[max(1, round(past[-1] / peak * (len(BARS) - 1)))] if past else " ")
+    return "".join(cells)
 
 
 def drawn(found: Timeline) -> Iterator[str]:
