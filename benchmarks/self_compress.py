@@ -3,8 +3,8 @@
     python benchmarks/self_compress.py --bed lenet-300-100 --target "6.9 kB" --seeds 3 --paper
 
 Beds and their schedules are in `compress_beds.py`. For each seed a dense network is trained, and one that compresses
-itself, on the same batches in the same order; the file is written, read back and compared bit for bit, and its bytes
-are those of the file system. `--paper` adds the recipe of Cséfalvay & Imber at the accuracy that ours has reached (the
+itself (on the same schedule, unless --steps, --batch or --flat say otherwise); the file is written, read back and
+compared bit for bit, and its bytes are those of the file system. `--paper` adds the recipe of Cséfalvay & Imber at the accuracy that ours has reached (the
 largest γ that keeps it, by bisection on the first seed, then all seeds with it). `--variants` adds runs with one part
 left out.
 
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,17 @@ def say(what: str, row: Row) -> None:
     )
 
 
+def own_schedule(bed: Bed, args: argparse.Namespace) -> Bed:
+    """The bed with the batches, steps and course of the learning rate that were asked for; of the same samples."""
+    plan = paper.batched(bed, args.batch).schedule if args.batch else bed.schedule
+    changed = {name: value for name in ("steps", "flat") if (value := getattr(args, name)) is not None}
+    return replace(bed, schedule=replace(plan, **changed))
+
+
 def run(args: argparse.Namespace) -> Row:
-    bed = open_bed(args.bed, args.shared, tune=args.tune, cache=args.cache)
-    steps = args.steps or bed.schedule.steps
+    dense_bed = open_bed(args.bed, args.shared, tune=args.tune, cache=args.cache)
+    bed = own_schedule(dense_bed, args)
+    steps = bed.schedule.steps
     settings = {
         name: value
         for name in ("target", "strength", "max_accuracy_loss")
@@ -167,7 +176,7 @@ def run(args: argparse.Namespace) -> Row:
     dense, ours = [], []
     for seed in range(args.seeds):
         if not args.no_dense:
-            dense.append(dense_row(bed, seed, steps))
+            dense.append(dense_row(dense_bed, seed, args.dense_steps or dense_bed.schedule.steps))
             say("dense", dense[-1])
         ours.append(compressed_row(bed, seed, steps, settings))
         say("ours", ours[-1])
@@ -176,6 +185,8 @@ def run(args: argparse.Namespace) -> Row:
         "unit": bed.unit,
         "on": "held-out training samples" if args.tune else "test",
         "steps": steps,
+        "batch": bed.schedule.batch,
+        "flat": bed.schedule.flat,
         "settings": settings,
         **summary(ours),
         "fp32_bytes": bed.fp32_bytes,
@@ -191,14 +202,13 @@ def run(args: argparse.Namespace) -> Row:
             for row in rows:
                 say(name, row)
             result["variants"][name] = {**summary(rows), "settings": dict(changed)}
-    result["paper_recipe"] = paper_recipe(bed, args, steps, result) if args.paper else None
+    result["paper_recipe"] = paper_recipe(dense_bed, args, result) if args.paper else None
     return result
 
 
-def paper_recipe(bed: Bed, args: argparse.Namespace, steps: int, ours: Row) -> Row:
+def paper_recipe(bed: Bed, args: argparse.Namespace, ours: Row) -> Row:
     """The published recipe at the accuracy that ours has reached: γ found on the first seed."""
-    plan = paper.batched(bed, 512 if bed.unit == "%" else bed.schedule.batch).schedule
-    steps = round(steps * bed.schedule.batch / plan.batch)
+    steps = paper.batched(bed, 512 if bed.unit == "%" else bed.schedule.batch).schedule.steps
     found = paper.find(bed, accuracy=ours["accuracy_mean"], steps=steps, seed=0, tries=args.tries)[0]
     rows = [found, *(paper.run(bed, found["gamma"], steps, seed) for seed in range(1, args.seeds))]
     for seed, row in enumerate(rows):
@@ -214,7 +224,10 @@ def main() -> None:
     aim.add_argument("--strength", type=float, help="nats a bit")
     aim.add_argument("--max-accuracy-loss", type=float, help="points")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of both networks; the bed's own by default")
+    parser.add_argument("--steps", type=int, help="of the compressed network; the bed's own by default")
+    parser.add_argument("--batch", type=int, help="of the compressed network, with as many samples in all")
+    parser.add_argument("--flat", type=float, help="share of its steps up to which the learning rate stays")
+    parser.add_argument("--dense-steps", type=int, help="of the dense network; the bed's own by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", type=int, default=0, help="seeds of runs with one part left out")
     parser.add_argument("--paper", action="store_true", help="add the published recipe")
