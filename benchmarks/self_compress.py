@@ -4,9 +4,9 @@
 
 Beds and their schedules are in `compress_beds.py`. For each seed a dense network is trained, and one that compresses
 itself (on the same schedule, unless --steps, --batch or --flat say otherwise); the file is written, read back and
-compared bit for bit, and its bytes are those of the file system. `--paper` adds the recipe of Cséfalvay & Imber at the accuracy that ours has reached (the
-largest γ that keeps it, by bisection on the first seed, then all seeds with it). `--variants` adds runs with one part
-left out.
+compared bit for bit, and its bytes are those of the file system. `--paper` adds the recipe of Cséfalvay & Imber at the
+accuracy that ours has reached (the largest γ that keeps it, by bisection on the first seed, then all seeds with it).
+`--variants` adds runs with one part left out.
 
 Sizes: `coded_bytes` is the file, entropy-coded; `packed_bytes` the same with codes packed end to end; both with all
 side information. `weights_kept` is the share of the original weights that are not zero. Seconds are of the processor.
