@@ -128,10 +128,12 @@ def _run(out: Path, config: dict[str, Any] | None, *, force: bool = False, as_js
     from weightfold.training import TrainConfig
     from weightfold.training import resume as go_on
     from weightfold.training import train as start
+    from weightfold.training.folder import read_run
 
     checked = None if config is None else TrainConfig(**config)
+    method = read_run(out)["config"]["method"] if checked is None else checked.method
     try:
-        with _plain_warnings(), board("" if checked is None else checked.method, quiet=as_json) as tell:
+        with _plain_warnings(), board(method, quiet=as_json) as tell:
             run = go_on(out, watch=tell) if checked is None else start(checked, out, force=force, watch=tell)
     except KeyboardInterrupt:
         raise _interrupted(out) from None

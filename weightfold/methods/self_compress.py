@@ -330,7 +330,7 @@ class SelfCompress(Method):
             taken = coded_bits(tensor)
             exact += taken
             tensors[name] = {
-                "bits": float(tensor.bits_R.mean()),
+                "bits": _mean_bits(tensor.bits_R),
                 "rows": int((tensor.bits_R > 0).sum()),
                 "weights": int((tensor.codes != 0).sum()),
                 "of": tensor.codes.size,
@@ -473,9 +473,7 @@ class SelfCompress(Method):
         """Give the network exactly the values of its file, and take the quantisers off."""
         if self._learner is None:
             begins = self._begin(moment.total_steps)
-            text = (
-                f"Nothing was compressed: the run ended at step {moment.step}, quantisation begins at {begins}."
-            )
+            text = f"Nothing was compressed: the run ended at step {moment.step}, quantisation begins at {begins}."
             warnings.warn(f"{text} Train on, or give the run's own total_steps.", stacklevel=2)
             return
         self._learner.count()
@@ -552,6 +550,12 @@ class SelfCompress(Method):
         self._activations = self._new_activations(moment)
         if self._activations is not None:
             self._activations.load_state(state["activations"])
+
+
+def _mean_bits(bits_R: Any) -> float:
+    """Mean width of the rows that live; 0 if none does."""
+    live = bits_R[bits_R > 0]
+    return float(live.mean()) if live.size else 0.0
 
 
 def expected_accuracy(moment: Moment) -> float:
