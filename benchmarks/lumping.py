@@ -157,7 +157,7 @@ def uniform(bench: Bench, share: float) -> list[int]:
 
 def kept_units(bench: Bench, keep: list[Tensor]) -> Cut:
     """Keep some units of each hidden layer, drop the others."""
-    merges = [torch.eye(len(b), dtype=torch.float64)[k] for (_, b), k in zip(bench.layers, keep, strict=True)]
+    merges = [torch.eye(len(b), dtype=torch.float64)[k] for (_, b), k in zip(bench.layers[:-1], keep, strict=True)]
     return merged(bench, merges, merges)
 
 
@@ -291,8 +291,13 @@ def wanda(bench: Bench, share: float) -> Cut:
     h, mask = bench.x, []
     for w, b in bench.layers:
         score = w.abs() * h.square().sum(0).sqrt()
-        k = max(1, int(kept * w.shape[1]))
-        mask.append(torch.zeros_like(w).scatter_(1, score.topk(k, dim=1).indices, 1.0))
+        k = int(kept * w.shape[1])
+        chosen = torch.zeros_like(w)
+        if k:
+            chosen.scatter_(1, score.topk(k, dim=1).indices, 1.0)
+        else:  # less than one weight a row: the best of the layer
+            chosen.view(-1)[score.flatten().topk(int(kept * w.numel())).indices] = 1.0
+        mask.append(chosen)
         h = bench.act(h @ w.T + b)
     return masked(bench, mask)
 
@@ -372,13 +377,14 @@ def tuned(bench: Bench, cut: Cut, data: Regression) -> nn.Sequential:
     """Five epochs of Adam, learning rate 1e-3 falling to 0, on labelled samples."""
     model = bench.module(cut)
     masks = mask_names(cut)
-    steps = EPOCHS * -(-len(data.x) // BATCH)
+    batch = BATCH if len(data.x) < 10_000 else 4 * BATCH
+    steps = EPOCHS * -(-len(data.x) // batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(bench.seed)
     named = [(p, masks[name].float()) for name, p in model.named_parameters() if name in masks]
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(data.x), generator=generator).split(BATCH):
+        for rows in torch.randperm(len(data.x), generator=generator).split(batch):
             loss = (model(data.x[rows]) - data.y[rows]).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -472,7 +478,11 @@ def main() -> None:
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, help="file to append every single result to, one JSON line each")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="file of single results, one JSON line each: what it holds is not run again, what is run is appended",
+    )
     parser.add_argument("--merge", type=Path, nargs="*", help="make the table of such files, and run nothing")
     parser.add_argument("--plots", type=Path, help="folder for one plot per data set (SVG)")
     parser.add_argument("--out", type=Path)
@@ -481,13 +491,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     start = time.perf_counter()
     runs: list[dict[str, Any]] = []
-    for path in args.merge or ():
+    for path in args.merge or ([args.runs] if args.runs is not None and args.runs.is_file() else []):
         runs += [json.loads(line) for line in path.read_text().splitlines()]
     for seed in range(args.first_seed, args.first_seed + args.seeds) if args.merge is None else ():
         for name in args.data:
             data = DATA[name](args.shared, seed)
             for net in args.nets:
                 began = time.perf_counter()
+                if any((r["data"], r["net"], r["seed"]) == (name, net, seed) for r in runs):
+                    continue
                 found = one(data, net, seed)
                 runs += found
                 own = {r["kept"]: r for r in found if (r["method"], r["stage"]) == DEFAULT}

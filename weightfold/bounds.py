@@ -193,8 +193,9 @@ def _at_full_size(twin: nn.Module, graph: ChannelGraph, edit: Edit) -> None:
 def _scale_writers(twin: nn.Module, group: ChannelGroup, ratio: Tensor) -> None:
     """Multiply what a gauge with one freedom per channel scales, and leave the readers."""
     gauge = next(g for g in group.gauges if torch.equal(g.channel, torch.arange(group.n_channels)))
-    for name, dim, slabs, exponent, index in gauge.axes:
-        if exponent > 0:
+    reads = {axis.key for axis in group.role("read")}
+    for name, dim, slabs, _, index in gauge.axes:
+        if (name, dim) not in reads:
             tensor = find_tensor(twin, name)[2]
             front = to_front(tensor.detach(), dim, slabs).clone()
             for m in range(index.shape[1]):

@@ -22,7 +22,7 @@ reducible units of tanh networks); Srinivas & Babu, arXiv 1507.06149 (the weight
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -115,9 +115,9 @@ def _gauge(group: ChannelGroup, kind: str) -> Gauge | None:
     """A gauge with one freedom per channel that every reader undoes, and nothing else."""
     for gauge in group.gauges:
         each = len(gauge) == group.n_channels and torch.equal(gauge.channel, torch.arange(len(gauge)))
-        up = {(t, d) for t, d, _, e, _ in gauge.axes if e > 0}
-        down = {(t, d): i for t, d, _, e, i in gauge.axes if e < 0}
         reads = {a.key: a.index for a in group.role("read")}
+        up = {(t, d) for t, d, _, e, _ in gauge.axes if (e > 0 if kind == "positive" else (t, d) not in reads)}
+        down = {(t, d): i for t, d, _, e, i in gauge.axes if (t, d) not in up}
         undone = down.keys() == reads.keys() and all((down[k] >= 0).sum() == (reads[k] >= 0).sum() for k in reads)
         written = {a.key for a in group.axes if a.role in ("write", "pointwise")}
         if gauge.kind == kind and each and undone and up and up <= written and not group.role("both"):
@@ -130,8 +130,9 @@ def _parts(model: nn.Module, group: ChannelGroup, written: Sequence[Axis]) -> tu
     positive, signs = _gauge(group, "positive"), _gauge(group, "sign")
     gauge = positive or signs
     scaled: dict[Key, set[int]] = {}
-    for t, d, _, e, index in gauge.axes if gauge is not None else ():
-        if e > 0:
+    reads = {a.key for a in group.role("read")}
+    for t, d, _, _, index in gauge.axes if gauge is not None else ():
+        if (t, d) not in reads:
             scaled.setdefault((t, d), set()).update(index[index >= 0].tolist())
     free: list[Tensor] = []
     fixed: list[Tensor] = []
@@ -366,6 +367,7 @@ def lumped(
     found = rows_of(model, group)
     labels = cluster(found, group.block, eps, how)
     dropped, values = _dropped(model, group, found, constants or {})
+    found, labels = _constants_together(group, found, labels, dropped, constants or {})
     rank = found.reads_C.masked_fill(dropped, -1.0)
     keep, labels = _representatives(labels, rank, dropped, group.block)
     if len(keep) == group.n_channels:
@@ -406,6 +408,24 @@ def _dropped(
     moved = found.constant_C & ~found.unread_C & ~silent
     values = {a.key: torch.where(moved, constants[a.key], 0.0) for a in reads} if movable and bool(moved.any()) else {}
     return dropped, values
+
+
+def _constants_together(
+    group: ChannelGroup, found: Rows, labels: Tensor, dropped: Tensor, constants: Mapping[Key, Tensor]
+) -> tuple[Rows, Tensor]:
+    """Constant channels whose values cannot go into biases are like each other, in the ratio of their values."""
+    reads = group.role("read")
+    left = found.constant_C & ~dropped
+    if int(left.sum()) < 2 or group.block is not None or not all(axis.key in constants for axis in reads):
+        return found, labels
+    value = constants[reads[0].key]
+    left &= torch.stack([constants[axis.key] == value for axis in reads]).all(0) & (value != 0)
+    if int(left.sum()) < 2:
+        return found, labels
+    first = int(left.nonzero()[0])
+    labels = torch.where(left, int(labels.max()) + 1, labels)
+    rows = torch.where(left[:, None], found.rows_CF[first], found.rows_CF)
+    return replace(found, rows_CF=rows, ratio_C=torch.where(left, value, found.ratio_C), mixable=False), labels
 
 
 def _representatives(labels: Tensor, rank: Tensor, dropped: Tensor, block: Tensor | None) -> tuple[Tensor, Tensor]:
