@@ -1,4 +1,4 @@
-"""From a network to the tensors of its file and back. References: NumPy, and bounds that follow from the definitions."""
+"""From a network to the tensors of its file and back. References: NumPy, and bounds that the definitions give."""
 
 from __future__ import annotations
 

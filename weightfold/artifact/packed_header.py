@@ -292,7 +292,7 @@ def _read_shape(name: str, data: bytes, at: int, modules: _Modules) -> tuple[Ent
 # attributes -----------------------------------------------------------------------------------------------------------
 
 
-def _expected_attributes(sizes: Mapping[str, Resized]) -> list[Attribute]:
+def expected_attributes(sizes: Mapping[str, Resized]) -> list[Attribute]:
     """The integer attributes that modules of common kinds have, by the shapes of their weights."""
     usual = {1: ("num_features",), 2: ("out_features", "in_features"), 4: ("out_channels", "in_channels")}
     out: list[Attribute] = []
@@ -312,7 +312,7 @@ def _plain(value: Value) -> Any:
 def _unexpected(structure: Structure) -> list[Any]:
     """How the attributes differ from those expected: the places of expected ones that are not, and the others."""
     ordered = {name: structure.sizes[name] for name in in_order(structure.sizes)}
-    expected = _expected_attributes(ordered)
+    expected = expected_attributes(ordered)
     missing = [place for place, one in enumerate(expected) if one not in structure.attributes]
     others = sorted((a for a in structure.attributes if a not in expected), key=lambda a: (a.module, a.name))
     rows = [[a.module, a.name, _plain(a.before), _plain(a.after)] for a in others]
@@ -321,7 +321,7 @@ def _unexpected(structure: Structure) -> list[Any]:
 
 def _with_expected(sizes: Mapping[str, Resized], stored: Any) -> tuple[Attribute, ...]:
     missing, *rows = stored or [[]]
-    kept = [one for place, one in enumerate(_expected_attributes(sizes)) if place not in set(missing)]
+    kept = [one for place, one in enumerate(expected_attributes(sizes)) if place not in set(missing)]
     others = [Attribute(module=m, name=n, before=_value(a), after=_value(b)) for m, n, a, b in rows]
     return (*kept, *others)
 

@@ -36,6 +36,7 @@ from weightfold.artifact.coded import CodedTensor
 from weightfold.artifact.format import Builder, Structure, differences
 from weightfold.artifact.matrix import coded_bits
 from weightfold.artifact.packed import promised_bytes
+from weightfold.artifact.packed_header import expected_attributes, in_order
 from weightfold.config import Config
 from weightfold.errors import ConfigError
 from weightfold.gate import call, losses, probing
@@ -197,7 +198,7 @@ class SelfCompress(Method):
             self._aim = Caution(config.max_accuracy_loss)
         if config.target is not None:
             target = target_bytes(config.target, file_bytes(unique_state(moment.model)))
-            least = self._least_bytes(moment.model)
+            least = self._least_bytes(moment)
             if target < least:
                 raise ConfigError(
                     f"A file of {target:,} bytes is not possible: without any weight it still takes {least:,.0f}.",
@@ -205,22 +206,27 @@ class SelfCompress(Method):
                 )
             self._aim = Budget(target, config.at, config.reach)
 
-    def _least_bytes(self, model: nn.Module) -> float:
-        """The file without any weight: header, biases, norms and buffers."""
-        named = dict(model.named_parameters())
+    def _least_bytes(self, moment: Moment) -> float:
+        """The file without any weight: header, biases, norms and buffers, of one channel where channels can be cut."""
+        model, named = moment.model, dict(moment.model.named_parameters())
+        cut = [g for g in moment.graph if self.config.remove and "remove" in g.admits and g.kind == "channels"]
+        short = {a.tensor for g in cut for a in g.axes if len(moment.graph.shapes[a.tensor]) == 1}
         nothing = {n: (torch.zeros(len(named[n])), torch.full((len(named[n]),), 2.0)) for n in self._names}
         tensors = coded_model(model, nothing, self.config.bias_bits)
         coded = dict(tensors.coded)
         for name in self._names:
             coded[name] = CodedTensor(np.zeros_like(coded[name].codes), coded[name].steps)
-        return self._promised(replace(tensors, coded=coded))
+        coded |= {n: CodedTensor(t.codes[:1], t.steps[:1]) for n, t in coded.items() if n in short}
+        plain = {n: array[:1] if n in short else array for n, array in tensors.plain.items()}
+        return self._promised(replace(tensors, coded=coded, plain=plain))
 
     def _promised(self, tensors: CodedModel) -> float:
         """Bytes of the file that holds these tensors, header included."""
         now = {name: tensor.shape for name, tensor in (*tensors.coded.items(), *tensors.plain.items())}
         sizes = differences(self._shapes, now, {})
         builder = Builder(kind="instance", name=self._class)
-        structure = Structure(builder=builder, sizes=sizes, ledger_head="0" * 64, fingerprint="")
+        follow = tuple(expected_attributes({name: sizes[name] for name in in_order(sizes)}))
+        structure = Structure(builder=builder, sizes=sizes, attributes=follow, ledger_head="0" * 64, fingerprint="")
         return promised_bytes(structure, tensors.coded, tensors.plain)
 
     # in training ----------------------------------------------------------------------------------------------------
