@@ -269,6 +269,10 @@ def remarks(results: dict[str, Any]) -> list[str]:
     folded = results["arms"].get("folded")
     if folded and "packed" in folded:
         lines.append(_file_in_words(folded))
+        aim = folded["packed"]["target_bytes"]
+        if aim is not None and folded["size_bytes"] > aim:
+            over = folded["size_bytes"] - aim
+            lines.append(f"[red]That is {over:,} bytes more than asked for:[/] train for more epochs, or ask for more.")
     if folded and "prepare_seconds" in folded:
         n_done = sum(event["accepted"] for event in folded["events"])
         lines.append(

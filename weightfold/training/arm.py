@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weightfold.artifact import Structure
+from weightfold.artifact import Builder, Structure
 from weightfold.data.dataset import Batch
 from weightfold.errors import ConfigError
 from weightfold.export.blueprint import Blueprint, rebuild_
+from weightfold.export.example import task_input
+from weightfold.export.source import Source
 from weightfold.ledger import Ledger
 from weightfold.models import TaskSpec
 from weightfold.training.config import TrainConfig
-from weightfold.training.looks import Start
+from weightfold.training.looks import Start, header_more
 from weightfold.training.measure import outputs, synchronise
 
 if TYPE_CHECKING:
@@ -80,23 +82,25 @@ class Arm:
         self.task.loss(outputs(twin, inputs), targets).backward()
         synchronise(self.device)
 
-    def attach(self, probe: Sequence[Batch], ledger: Ledger | None, forced: Replay | None = None) -> None:
+    def attach(
+        self, probe: Sequence[Batch], ledger: Ledger | None, builder: Builder, forced: Replay | None = None
+    ) -> None:
         """Let a method work on this network; the time that its preparation takes counts.
 
         Args:
             probe: batches by which edits are judged.
             ledger: where they are recorded.
+            builder: how the network is made.
             forced: recorded decisions in place of the method's own; nothing is judged then.
         """
         from weightfold.compressor import Compressor
 
-        if self.config.method == "self_compress":
-            self.start = Start.of(self.model, self.config.target)
+        method = self._method(builder) if forced is None else forced
         start = time.perf_counter()
         self.compressor = Compressor(
             self.model,
             self.task.example().to(self.device),
-            [make_method(self.config) if forced is None else forced],
+            [method],
             loss=self._loss,
             probe=[(i.to(self.device), t.to(self.device)) for i, t in (probe if forced is None else ())],
             ledger=ledger,
@@ -109,6 +113,14 @@ class Arm:
         self.prepare_seconds = time.perf_counter() - start
         self.seconds += self.prepare_seconds
         self.widths = widths_of(graph)
+
+    def _method(self, builder: Builder) -> Method:
+        if self.config.method != "self_compress":
+            return make_method(self.config)
+        self.start = Start.of(self.model, self.config.target)
+        source = Source(self.model, (task_input(self.task),), self.before, builder, "0" * 64)
+        target = self.start.target and max(1, self.start.target - header_more(source))
+        return make_method(self.config.model_copy(update={"target": target}))
 
     def _loss(self, answer: Any, targets: Tensor) -> Tensor:
         return self.task.loss(getattr(answer, "logits", answer), targets)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from weightfold.artifact import Builder
 from weightfold.artifact.packed import PackedSizes
 from weightfold.export.packed import promised_packed_bytes
 from weightfold.export.source import Source
@@ -86,6 +87,13 @@ class Look:
 
 
 Watch = Callable[[Look], None]
+
+
+def header_more(source: Source) -> int:
+    """Bytes by which the header of a run's file is longer than that of the same network made by hand."""
+    by_hand = Builder(kind="instance", name=type(source.model).__name__)
+    plain = replace(source, builder=by_hand, inputs=())
+    return round(promised_packed_bytes(source, {}) - promised_packed_bytes(plain, {}))
 
 
 def look_values(record: Mapping[str, Any]) -> dict[str, float]:

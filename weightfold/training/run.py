@@ -208,7 +208,7 @@ class _Run:
             arm = Arm(name, model, self.config, self.data.task, self.total_steps, self.device)
             arm.warm_up(probe[0])
             if name == "folded":
-                arm.attach(probe, ledger, self.forced)
+                arm.attach(probe, ledger, builder_of(self.config, self.data), self.forced)
             self.arms[name] = arm
 
     def _probe(self) -> Iterator[Batch]:
