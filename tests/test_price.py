@@ -110,3 +110,17 @@ def test_errors_are_counted_for_classes_alone() -> None:
     assert error_percent(scores.reshape(1, 4, 2), torch.tensor([[0, 1, 1, 1]])) == 25.0
     assert error_percent(scores, torch.randn(4, 2)) is None
     assert error_percent("words", torch.tensor([0])) is None
+
+
+def test_answers_are_counted_on_all_samples_where_memory_holds_the_trails_of_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    g = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g)) for n in (16, 16, 8)]
+    monkeypatch.setattr("weightfold.price.MAX_NUMBERS", 1)
+    found = trails(net, list(wf.trace(net, torch.zeros(2, 4))), batches, nn.functional.cross_entropy)
+    wrong = sum(int((net(x).argmax(1) != y).sum()) for x, y in batches)
+    assert (found.n_samples, found.n_judged) == (16, 40)
+    assert found.error_percent == pytest.approx(100 * wrong / 40)

@@ -7,21 +7,15 @@ width, and that grows with what the network still gets wrong and with how little
 
 E is the error in per cent on the probe at that point, R the mean share of the readers' output energy that the kept
 channels cannot express, m how ripe the network is. Early in a run from scratch both E and R are larger than they will
-be, and m, the share of the run that is over, takes that back. A network that was trained before has nothing of the kind
-to grow out of: it counts as one at the end of the range that the fit was made on, a tenth of a run. That it was trained
-before is seen in its first weights: independent entries have no singular value above the edge s (√O + √I) of their
-spectrum (Marchenko & Pastur, 1967), and what training has written lies above it.
+be, and m, the share of the run that is over, takes that back. A network that answers well before its first step has
+nothing of the kind to grow out of: it counts as one at the end of the range that the fit was made on, a tenth of a run.
+A trained body under a new head does not: early on, its errors are the head's.
 
 A and B are fitted to finished runs from scratch at 4 and 10 % of their steps; no theory is claimed.
 `benchmarks/fold_forecast.py` makes such runs, docs/LOG.md gives forecasts against measured prices.
 """
 
 from __future__ import annotations
-
-from statistics import median
-
-import torch
-from torch import Tensor, nn
 
 SCALE = 35.0
 """A, in points of accuracy per point of error."""
@@ -30,12 +24,7 @@ POWER = 0.9
 """B."""
 
 RIPE = 0.1
-"""m of a network that was trained before, at least."""
-
-BEYOND_NOISE = 1.15
-"""Median ratio of largest singular values to the edge of noise from which weights count as trained."""
-
-_ITERATIONS = 12
+"""m of a network that was trained for its task before, at least."""
 
 
 def accuracy_price(error_percent: float, lost_energy: float, ripe: float) -> float:
@@ -64,28 +53,14 @@ def ripeness(progress: float, trained_before: bool) -> float:
     return max(progress, RIPE) if trained_before else progress
 
 
-def was_trained(model: nn.Module) -> bool:
-    """Whether a network's weights are no random start, by the singular values of most of its matrices.
+def knows_its_task(error_percent: float | None, chance_percent: float | None) -> bool:
+    """Whether a network answered well before the first step: not half as often wrong as by always the same answer.
 
-    Matrices with a side below 8 say nothing and are left out. Cost: two dozen products of each weight with a vector.
-
+    Args:
+        error_percent: share of the probe that was wrong then, 0 to 100; None where there are no classes.
+        chance_percent: share that the most frequent answer gets wrong.
     Example:
-        >>> was_trained(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10)))
-        False
+        >>> knows_its_task(20.0, 90.0), knows_its_task(88.0, 90.0)
+        (True, False)
     """
-    found = [ratio for p in model.parameters() if p.ndim > 1 and (ratio := _beyond_noise(p.detach())) is not None]
-    return bool(found) and median(found) > BEYOND_NOISE
-
-
-@torch.no_grad()
-def _beyond_noise(weight: Tensor) -> float | None:
-    """The largest singular value of a matrix, by power iteration, over s (√O + √I); None where it says nothing."""
-    matrix_OI = weight.flatten(1).float()
-    size = float(matrix_OI.square().mean().sqrt())
-    if min(matrix_OI.shape) < 8 or not size > 0:
-        return None
-    vector_I = torch.ones(matrix_OI.shape[1], device=matrix_OI.device)
-    vector_I += torch.randn(len(vector_I), generator=torch.Generator().manual_seed(0)).to(matrix_OI.device)
-    for _ in range(_ITERATIONS):
-        vector_I = matrix_OI.T @ (matrix_OI @ (vector_I / vector_I.norm()))
-    return float(vector_I.norm().sqrt()) / (size * sum(n**0.5 for n in matrix_OI.shape))
+    return error_percent is not None and chance_percent is not None and error_percent < chance_percent / 2

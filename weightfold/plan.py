@@ -97,7 +97,7 @@ def candidate(
 
 def _floored(trails: Trails) -> float:
     """The error in per cent, no less than one more wrong answer would make it: a solved probe is no solved task."""
-    return max(trails.error_percent or 0.0, 100 / (trails.n_samples + 2))
+    return max(trails.error_percent or 0.0, 100 / (trails.n_judged + 2))
 
 
 def knapsack(jobs: Sequence[AnyJob], macs: MacModel, like: Candidate, grid: Grid) -> dict[str, int]:

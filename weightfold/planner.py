@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from weightfold.errors import ConfigError, DataError, WeightfoldError
-from weightfold.forecast import ripeness
+from weightfold.forecast import knows_its_task, ripeness
 from weightfold.gate import Batch, Loss
 from weightfold.graph.group import ChannelGraph
 from weightfold.heads import HeadJob
@@ -36,7 +36,7 @@ from weightfold.plan import (
     within_loss,
     without_idle,
 )
-from weightfold.price import Trails, trails
+from weightfold.price import Trails, answers, chance_percent, trails
 from weightfold.size import MacModel
 from weightfold.widths import Grid
 
@@ -88,7 +88,7 @@ class Planner:
         jobs: what can be folded.
         grid: the widths that groups may have.
         started: when planning began, by `time.perf_counter`: its cost counts.
-        trained_before: whether the run began from trained weights.
+        trained_before: whether the network knew its task before the run.
 
     Attributes:
         weighed: every candidate that was priced, in order.
@@ -232,6 +232,7 @@ class Planner:
             "trigger": trigger,
             "trained_before": self.trained_before,
             "error_percent": self.trails.error_percent,
+            "judged_samples": self.trails.n_judged,
             "priced_samples": self.trails.n_samples,
             "candidates": [c.to_record() for c in self.weighed],
             "chosen": None if chosen is None else chosen.to_record(),
@@ -258,6 +259,12 @@ def _planning(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise DataError(f"The network could not be {what}: {type(error).__name__}: {first}", remedy=remedy) from error
+
+
+def knew_its_task(scene: Scene) -> bool:
+    """Whether the network answers the probe well as it is; asked before the first step."""
+    batches = _enough(scene.probe)
+    return knows_its_task(answers(scene.model, batches, scene.autocast), chance_percent(batches))
 
 
 def _enough(probe: Sequence[Batch]) -> list[Any]:

@@ -56,11 +56,13 @@ class Trails:
         by_reader: trails by reading axis.
         n_samples: samples behind them.
         error_percent: share of the answers that is wrong now; None where the targets are not classes.
+        n_judged: samples behind that share: all that were given, also those without trails.
     """
 
     by_reader: Mapping[tuple[str, Key], Trail]
     n_samples: int
     error_percent: float | None = None
+    n_judged: int = 0
 
     def residual(self, group: str, key: Key, keep: np.ndarray, drop: np.ndarray, map_SK: Any, left: Any) -> Tensor:
         """u_i of one reader, shape (S,), float64.
@@ -106,8 +108,8 @@ def trails(
     """Record what the readers of some groups read and the gradients there, on probe batches.
 
     The loss must be a mean over samples. Batch norms use the batch, and nothing of the model changes. Readers that are
-    called with keyword arguments, or whose input does not have the samples in front, are left out; so is whatever does
-    not fit into `MAX_NUMBERS` after the first batch.
+    called with keyword arguments, or whose input does not have the samples in front, are left out; of batches that do
+    not fit into `MAX_NUMBERS` after the first, only the answers are counted.
 
     Args:
         batches: (inputs, targets), from the training split.
@@ -120,20 +122,23 @@ def trails(
         (16, torch.Size([16, 8]))
     """
     parts: dict[tuple[str, Key], list[Trail]] = {}
-    errors: list[float | None] = []
+    errors: list[tuple[float | None, int]] = []
     n_samples = n_numbers = 0
     for inputs, targets in batches:
-        found, size, wrong = _record(model, groups, inputs, targets, loss, n_samples, autocast)
+        size = _size(targets, inputs)
+        if n_samples and n_numbers + n_numbers * size / n_samples > MAX_NUMBERS:
+            errors.append((answers(model, [(inputs, targets)], autocast), size))
+            continue
+        found, wrong = _record(model, groups, inputs, targets, loss, n_samples, autocast)
         n_samples += size
-        errors.append(wrong)
+        errors.append((wrong, size))
         for key, trail in found.items():
             parts.setdefault(key, []).append(trail)
             n_numbers += 2 * trail.read_RC.numel()
-        if n_numbers + n_numbers * size / n_samples > MAX_NUMBERS:
-            break
-    known = [error for error in errors if error is not None]
-    mean = sum(known) / len(known) if known and len(known) == len(errors) else None
-    return Trails({key: _joined(trails) for key, trails in parts.items()}, n_samples, mean)
+    n_judged = sum(size for _, size in errors)
+    wrongs = [wrong * size for wrong, size in errors if wrong is not None]
+    mean = sum(wrongs) / n_judged if n_judged and len(wrongs) == len(errors) else None
+    return Trails({key: _joined(trails) for key, trails in parts.items()}, n_samples, mean, n_judged)
 
 
 def _joined(trails: list[Trail]) -> Trail:
@@ -152,7 +157,7 @@ def _record(
     loss: Loss,
     first: int,
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> tuple[dict[tuple[str, Key], Trail], int, float | None]:
+) -> tuple[dict[tuple[str, Key], Trail], float | None]:
     opened = {(g.name, a.key): _Open(a) for g in groups for a in g.role("read") if a.tap is not None}
     size = _size(targets, inputs)
     with probing(model), torch.enable_grad(), _recording(model, opened):
@@ -161,7 +166,7 @@ def _record(
             value = loss(outputs, targets)
         _differentiate(value, opened.values())
     found = {key: trail for key, o in opened.items() if (trail := _trail(o, size, first)) is not None}
-    return found, size, error_percent(outputs, targets)
+    return found, error_percent(outputs, targets)
 
 
 def _differentiate(value: Tensor, readers: Iterable[_Open]) -> None:
@@ -174,6 +179,30 @@ def _differentiate(value: Tensor, readers: Iterable[_Open]) -> None:
             found = by_input[id(x)]
             if found is not None:
                 gradient.append(found)
+
+
+def answers(
+    model: nn.Module, batches: Sequence[Batch], autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> float | None:
+    """Share of the answers on some batches that is wrong, in per cent; None where the targets are not classes."""
+    with probing(model), autocast():
+        found = [(error_percent(call(model, x), y), _size(y, x)) for x, y in batches]
+    wrongs = [wrong * size for wrong, size in found if wrong is not None]
+    return sum(wrongs) / sum(size for _, size in found) if wrongs and len(wrongs) == len(found) else None
+
+
+def chance_percent(batches: Sequence[Batch]) -> float | None:
+    """Share that the most frequent class gets wrong, in per cent; None where the targets are not classes.
+
+    Example:
+        >>> chance_percent([(None, torch.tensor([0, 1, 1, 2]))])
+        50.0
+    """
+    classes = [y[y >= 0] for _, y in batches if isinstance(y, Tensor) and not y.is_floating_point()]
+    if not classes or len(classes) < len(batches) or not sum(map(len, classes)):
+        return None
+    every = torch.cat([y.reshape(-1) for y in classes])
+    return 100 - 100 * int(every.bincount().max()) / len(every)
 
 
 def error_percent(outputs: Any, targets: Any) -> float | None:

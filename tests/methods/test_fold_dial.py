@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import weightfold as wf
 from weightfold.compressor import Compressor
 from weightfold.errors import ConfigError
-from weightfold.forecast import accuracy_price, ripeness, was_trained
+from weightfold.forecast import accuracy_price, knows_its_task, ripeness
 from weightfold.latency import Latency, StepTime
 from weightfold.ledger import Ledger
 from weightfold.methods.fold import Fold
@@ -198,20 +198,17 @@ def test_a_network_trained_before_is_as_ripe_as_one_at_a_tenth_of_its_run() -> N
     assert ripeness(0.3, trained_before=True) == 0.3
 
 
-def test_trained_weights_stand_out_of_noise_whatever_its_law() -> None:
-    torch.manual_seed(0)
-    for draw in (nn.init.kaiming_uniform_, nn.init.orthogonal_, nn.init.normal_, nn.init.xavier_normal_):
-        layers = nn.Sequential(nn.Linear(96, 64), nn.Conv2d(16, 48, 3), nn.Linear(64, 10))
-        for layer in layers:
-            draw(layer.weight)
-        assert not was_trained(layers), draw.__name__
-    with torch.no_grad():
-        for layer in (layers[0], layers[1]):
-            u, v = torch.randn(len(layer.weight)), torch.randn(layer.weight[0].numel())
-            low_rank = torch.outer(u / u.norm(), v / v.norm()).reshape(layer.weight.shape)
-            layer.weight += 2 * torch.linalg.matrix_norm(layer.weight.flatten(1), 2) * low_rank
-    assert was_trained(layers)
-    assert not was_trained(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), "too small to tell"
+def test_a_network_that_answers_well_before_its_first_step_knows_its_task(tmp_path: Path) -> None:
+    model, _, _ = run(None, max_accuracy_loss=0.0, noise=0.5)
+    again, fresh = Fold(max_accuracy_loss=1.0), Fold(max_accuracy_loss=1.0)
+    for method, network in ((again, model), (fresh, net())):
+        compressor = Compressor(
+            network, torch.zeros(2, 6), [method], loss=F.cross_entropy, probe=data(6, seed=9), total_steps=10
+        )
+        compressor.prepare()
+    assert again.state_dict()["trained_before"]
+    assert not fresh.state_dict()["trained_before"]
+    assert not knows_its_task(None, 50.0), "no classes, no answer"
 
 
 def test_the_plan_says_whether_the_network_was_trained_before(tmp_path: Path) -> None:

@@ -28,13 +28,12 @@ from pydantic import Field, model_validator
 from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError
 from weightfold.folding import Job
-from weightfold.forecast import was_trained
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.heads import HeadJob, partner_of
 from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, named_groups
 from weightfold.plan import SHARES, AnyJob, Decision
-from weightfold.planner import Planner
+from weightfold.planner import Planner, knew_its_task
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform
@@ -204,13 +203,13 @@ class Fold(Method):
         if not groups:
             reasons = "; ".join(f"'{name}': {why}" for name, why in list(refused.items())[:4])
             raise ConfigError(f"No group of this network can be folded: {reasons or 'it has none'}.")
-        self._trained_before = was_trained(moment.model)
         if self.config.dialled and (not moment.probe or moment.loss is None):
             dial = "max_accuracy_loss" if self.config.max_accuracy_loss is not None else "time_goal"
             raise ConfigError(
                 f"The dial '{dial}' needs a probe to measure by.",
                 remedy="Pass loss= and probe= to the Compressor, or give 'keep' and 'at'.",
             )
+        self._trained_before = self.config.dialled and knew_its_task(moment)
 
     def step(self, moment: Moment) -> list[Proposal]:
         """Propose one fold per group when the time has come."""
