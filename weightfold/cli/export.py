@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import itertools
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weightfold.cli import show
 from weightfold.cli.door import Json, guarded
+
+if TYPE_CHECKING:
+    from weightfold.export import Source
+
+N_CALIBRATION = 8
+"""Batches of 32 training inputs that ranges are calibrated on."""
 
 
 class Target(StrEnum):
@@ -25,6 +32,10 @@ class Target(StrEnum):
     onnx_int4 = "onnx-int4"
     onnx_int2 = "onnx-int2"
     openvino = "openvino"
+
+
+ROUNDING = (Target.onnx_int8, Target.onnx_int4, Target.onnx_int2)
+"""Targets whose files answer otherwise than the module, so that they are scored."""
 
 
 @guarded
@@ -45,18 +56,97 @@ def export(
     model: Annotated[
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes the module of a saved model of your own.")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Real inputs to calibrate and score with.",
+            show_default="the run's, where 8 bits round",
+        ),
+    ] = None,
+    license_name: Annotated[str | None, typer.Option("--license", help="Licence, for the model card.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Allowed difference of outputs.", show_default="the target's own")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model as safetensors, packed codes, PyTorch program or ONNX; load it back, compare, only then keep it."""
+    """Write a model for a runtime, with its model card; load it back there, compare, and only then keep it."""
+    from weightfold.export.card import make_card, run_facts, write_card
     from weightfold.export.opened import open_model
     from weightfold.export.targets import export as write
 
     opened = open_model(source, weights=weights, example=example or [], maker=model)
-    exported = write(opened, to.value, out)
+    facts = {"spec": source, **run_facts(source)}
+    dataset, remark = _dataset(data, facts, to)
+    real = real_inputs(dataset) if dataset is not None and len(opened.inputs) == 1 else []
+    opened = replace(opened, facts=facts, calibration=real)
+    exported = write(opened, to.value, out, tolerance=tolerance)
+    measured = None if dataset is None else score(opened, out, dataset)
+    card, _ = write_card(make_card(opened, exported, measured=measured, license_name=license_name), out)
     if as_json:
-        show.print_json({**asdict(exported), "path": str(exported.path)})
+        found = {**asdict(exported), "path": str(exported.path), "card": str(card), "measured": measured}
+        show.print_json(found)
         return
     console = show.console()
     batches = "any batch size" if exported.any_batch else "the batch size of the example only"
     console.print(f"[green]written[/]   {exported.path}, {exported.size_bytes:,} bytes, for {batches}")
     console.print(f"[green]verified[/]  loaded by {exported.runtime}; {exported.agreement}, on {exported.compared_on}")
+    if measured is not None:
+        console.print(
+            f"scored    {measured['score']} {measured['file']:.4f} in its runtime, {measured['module']:.4f} as a "
+            f"module, on {measured['samples']:,} test samples of {show.plain(measured['data'])}"
+        )
+    console.print(f"card      {card}")
+    if remark:
+        console.print(f"[yellow]note[/]      {show.plain(remark)}")
+
+
+def _dataset(data: str | None, facts: dict[str, Any], target: Target) -> tuple[Any, str]:
+    """The data to calibrate and score with: what the user names, else the run's own where the target rounds."""
+    from weightfold.data import load
+    from weightfold.errors import WeightfoldError
+
+    if data is not None:
+        return load(data, seed=0, limit=facts.get("limit")), ""
+    if target not in ROUNDING:
+        return None, ""
+    if "data_source" not in facts:
+        return None, "calibrated and compared on drawn numbers; real inputs (--data) give better ranges, and a score"
+    try:
+        return load(facts["data_source"], seed=0, limit=facts.get("limit")), ""
+    except WeightfoldError as error:
+        return None, f"calibrated and compared on drawn numbers, for the run's data are not there: {error.message}"
+
+
+def real_inputs(dataset: Any) -> list[Any]:
+    """Batches of training inputs, as arguments of a model of one input."""
+    import torch
+
+    batches = dataset.batches("train", 32, generator=torch.Generator().manual_seed(0))
+    return [((inputs,), {}) for inputs, _ in itertools.islice(batches, N_CALIBRATION)]
+
+
+def score(source: Source, path: Path, dataset: Any) -> dict[str, Any]:
+    """Score a written file in its own runtime, and the module that it was made from."""
+    import torch
+
+    from weightfold.export.saved import load
+    from weightfold.training.measure import evaluate, score_name
+
+    made = load(path, source.fresh() if source.fresh and path.suffix in (".safetensors", ".wfp") else None)
+
+    class Called(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return made(x)
+
+    cpu = torch.device("cpu")
+    found = {
+        name: evaluate(model, dataset, "test", cpu) for name, model in (("module", source.model), ("file", Called()))
+    }
+    return {
+        "data": dataset.name,
+        "split": "test",
+        "samples": len(dataset.test),
+        "score": score_name(dataset.task),
+        **{name: one.value for name, one in found.items()},
+    }

@@ -27,7 +27,7 @@ NEEDS = ("onnx", "onnxscript", "onnxruntime")
 SAME = 1e-5
 """Share of a row's largest weight by which a weight may differ from code times step: what folding a norm rounds."""
 
-_OPERATOR = re.compile(r"aten[.:]+\w+(?:\.\w+)?|\b\w+::\w+")
+_OPERATOR = re.compile(r"op='([\w.]+)'")
 _DOUBLE = (torch.float64, torch.complex64, torch.complex128)
 
 
@@ -76,12 +76,14 @@ def _unable(error: Exception) -> ExportError:
         texts.append(str(chain))
         chain = chain.__cause__  # type: ignore[assignment]
     text = "\n".join(texts)
-    at = max(text.find("No ONNX function found"), text.find("No decompositions registered"), 0)
-    names = list(dict.fromkeys(_OPERATOR.findall(text[at : at + 400])))[:3]
-    what = f"has no counterpart for {', '.join(names)}" if names else text.strip().partition("\n")[0][:300]
+    at = text.find("No ONNX function found")
+    names = list(dict.fromkeys(_OPERATOR.findall(text[at : at + 400] if at >= 0 else "")))[:3]
+    remedy = "Export it as pt2, the nearest target that can; or write the operator by others."
+    if names:
+        return ExportError(f"ONNX has no counterpart for the operator '{names[0]}' of this model.", remedy=remedy)
     return ExportError(
-        f"The model cannot be expressed in ONNX: ONNX {what}." if names else f"The model cannot be expressed: {what}",
-        remedy="Export it as pt2, the nearest target that can; or write the operator by others.",
+        f"The model cannot be expressed in ONNX: {type(error).__name__}: {text.strip().splitlines()[0][:300]}",
+        remedy=remedy,
     )
 
 

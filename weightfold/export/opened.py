@@ -17,7 +17,9 @@ from weightfold.export.blueprint import Blueprint
 from weightfold.export.example import parse_input, task_input
 from weightfold.export.saved import load, model_file
 from weightfold.export.source import Source
+from weightfold.ledger import Ledger
 from weightfold.models import NAMES, Classes, ImageInput, NextToken, TableInput, TaskSpec, TextInput, build
+from weightfold.quant.activations import Grid
 
 
 def open_model(
@@ -89,8 +91,9 @@ def _open_saved(path: Path, inputs: tuple[Input, ...], task: TaskSpec | None, ma
     original = fresh()
     before = Blueprint.of(original)
     found = inputs or structure.inputs
-    model = load(path, original)
-    return Source(model, found, before, builder, structure.ledger_head, fresh, coded=_codes_of(path, structure))
+    model, coded = load(path, original), _codes_of(path, structure)
+    grids = _grids_of(path) if coded else {}
+    return Source(model, found, before, builder, structure.ledger_head, fresh, coded=coded, grids=grids)
 
 
 def _codes_of(path: Path, structure: Structure) -> Mapping[str, CodedTensor]:
@@ -100,6 +103,16 @@ def _codes_of(path: Path, structure: Structure) -> Mapping[str, CodedTensor]:
         return {}
     packed = read_packed(file)
     return packed.coded if packed.structure.ledger_head == structure.ledger_head else {}
+
+
+def _grids_of(path: Path) -> Mapping[str, Grid]:
+    """The learned grids of what layers read, from the ledger of the run beside a saved model."""
+    file = path.with_name("ledger.db")
+    if not file.is_file():
+        return {}
+    with Ledger.open(file, readonly=True) as ledger:
+        found = [entry.body["inputs"] for entry in ledger.entries(kind="precision") if "inputs" in entry.body]
+    return {name: Grid(*values) for name, values in found[-1].items()} if found else {}
 
 
 def _builder(spec: str, task: TaskSpec | None) -> Builder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -19,6 +20,7 @@ from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export.blueprint import Blueprint, rebuild_, state_tensors
 from weightfold.fingerprint import fingerprint as model_fingerprint
 from weightfold.models import TaskSpec, build
+from weightfold.runtime import SUFFIXES, load_file
 
 STRUCTURE_FILE = "structure.json"
 
@@ -79,17 +81,20 @@ def write_structure(structure: Structure, folder: Path) -> None:
     write_json(folder / STRUCTURE_FILE, structure.model_dump(mode="json"))
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a model that weightfold saved, with the shapes that it had then.
+def load(path: str | Path, model: nn.Module | None = None) -> Any:
+    """Load a model that weightfold saved, with the shapes that it had then, or a file that it exported.
 
     Args:
-        path: `model.safetensors`, a packed file `.wfp`, or the folder of a run that holds one.
+        path: `model.safetensors`, a packed file `.wfp`, or the folder of a run that holds one; `.onnx`, `.pt2`, or the
+            `.xml` of an OpenVINO IR.
         model: for a model that is not built in: an instance as it was made before any edit. It is changed in place.
     Returns:
-        model: on the CPU, in evaluation mode.
+        model: a module on the CPU, in evaluation mode; for `.onnx` and `.xml` a `weightfold.runtime.Loaded`, which runs
+            the file in its runtime and is called like the module.
     Raises:
         ArtifactError: the file is missing, corrupt, foreign, or does not fit the model; names tensor and shapes.
         ConfigError: the model is of the user's own class, and none was passed.
+        ExportError: the file's runtime is not installed; says the line that installs it.
     Example:
         >>> import tempfile
         >>> from weightfold.models import build, TableInput, Classes
@@ -103,6 +108,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         True
     """
     file = model_file(path)
+    if file.suffix in SUFFIXES:
+        return load_file(file)
     if file.suffix == SUFFIX:
         from weightfold.export.packed import load_packed
 

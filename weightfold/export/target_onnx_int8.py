@@ -132,7 +132,7 @@ def _fits(codes: Codes) -> bool:
 def _channels(codes: Codes, weight: Weight) -> list[dict[str, Any]]:
     """The scale of each output channel, as ONNX Runtime's quantiser takes it."""
     kind = require("onnxruntime.quantization").QuantType.QInt8
-    made = [{"quant_type": kind, "scale": scale, "zero_point": np.array(0, np.int8)} for scale in codes.scale_O]
+    made = [{"quant_type": kind, "scale": np.array(s), "zero_point": np.array(0, np.int8)} for s in codes.scale_O]
     made[0]["axis"] = weight.axis
     return made
 
@@ -148,7 +148,7 @@ def _grids(model: Any, found: list[Weight], coded: dict[str, Codes], source: Sou
             continue
         tensor = _cut_off(onnx, model, weight, grid)
         zero = np.array(128 if grid.signed else 0, np.uint8)
-        overrides[tensor] = [{"quant_type": kind, "scale": np.float32(grid.step), "zero_point": zero}]
+        overrides[tensor] = [{"quant_type": kind, "scale": np.array(grid.step, np.float32), "zero_point": zero}]
     return overrides
 
 
