@@ -38,7 +38,7 @@ from weightfold.artifact.matrix import coded_bits
 from weightfold.artifact.packed import promised_bytes
 from weightfold.artifact.packed_header import expected_attributes, in_order
 from weightfold.config import Config
-from weightfold.errors import ConfigError
+from weightfold.errors import ConfigError, DataError
 from weightfold.gate import call, losses, probing
 from weightfold.graph.edit import Edit, remove
 from weightfold.graph.group import ChannelGroup
@@ -57,7 +57,7 @@ PULL_BITS = 64
 MAX_TRIMS = 20
 RELIEF = 0.25
 """What is left of λ while the guard holds."""
-PATIENT_STEPS = 50
+PATIENT_STEPS = 100
 """Steps after which a tensor whose codes have never changed is worth a warning, from half of the run on."""
 
 
@@ -280,6 +280,11 @@ class SelfCompress(Method):
         config = self.config
         if self._learner is None:
             named = dict(moment.model.named_parameters())
+            if lost := [n for n in self._names if not bool(torch.isfinite(named[n]).all())]:
+                raise DataError(
+                    f"'{lost[0]}' is not finite at step {moment.step}, at which quantisation begins.",
+                    remedy="Lower the learning rate, or look at the batches before this step.",
+                )
             values = {n: start(named[n], named[n].shape[0], config.resolution) for n in self._names}
             self._learner = Learner(moment.model, values, config.step_lr, config.bits_lr, config.regrowth)
             self._activations = self._new_activations(moment)
@@ -288,6 +293,8 @@ class SelfCompress(Method):
             return
         pace = self._pace(moment)
         scale = self._learner.learn(moment.ranks, self.price, pace, moment.step)
+        if scale == 0:
+            return
         if self._activations is not None:
             self._activations.learn(moment.ranks, scale, pace)
         share = moment.step / moment.total_steps
