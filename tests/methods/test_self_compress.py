@@ -376,7 +376,7 @@ from tests.methods.test_self_compress import STRONG, adam, compressor, method, p
 torch.set_num_threads(1)
 nets, events = [], []
 for wrap in (lambda m: torch.compile(m, backend="aot_eager"), lambda m: m):
-    c = compressor(wrap(perceptron()), method(strength=STRONG))
+    c = compressor(wrap(perceptron()), method(strength=STRONG, check=0.4))
     c.prepare(optimizer := adam(c.model))
     train(c, optimizer)
     nets.append(c)

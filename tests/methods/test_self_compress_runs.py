@@ -93,8 +93,7 @@ def test_a_run_that_is_taken_up_ends_where_a_whole_one_does(case: str, tmp_path:
     expected = whole.finish(tmp_path / "whole.wfp")
     undone = [step for step, kind in events if kind == "unfold"]
     assert bool(undone) == (case == "fold that is taken back"), events
-    stops = {3, 7, 31, 47}
-    stops |= {step - 1 for step in undone} | {step + 1 for step in undone}
+    stops = {undone[0] - 1, undone[0] + 1} if undone else {3, 31}
     for stop in sorted(stops):
         first = Interrupted(tmp_path / f"{stop}", make(), **settings)
         train(first.c, first.optimizer, range(stop))

@@ -77,6 +77,24 @@ def test_unread_and_silent_units_of_a_perceptron() -> None:
     assert error <= 1e-12
 
 
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(input=F.relu(self.a(input=x)))
+
+
+def test_modules_that_are_called_by_keyword() -> None:
+    net = ByKeyword()
+    seeded(net)
+    silence(net.a.weight, [1, 3])
+    dead, error = cut(net, draw(16, 5), "a")
+    assert which(dead.constant_C) == [1, 3]
+    assert error <= 1e-12
+
+
 class Convolutions(nn.Module):
     def __init__(self, padding: int, mode: str = "zeros", *, bias: bool = True) -> None:
         super().__init__()

@@ -142,8 +142,8 @@ def observe_spans(model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) 
     handles = []
 
     def look(axes: list[Axis], dim: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
             rows = x.movedim(dim, 0).reshape(x.shape[dim], -1)
             low, high = rows.amin(1).double(), rows.amax(1).double()
             for axis in axes:
@@ -156,7 +156,7 @@ def observe_spans(model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) 
 
     try:
         for (path, dim), axes in taps.items():
-            handles.append(model.get_submodule(path).register_forward_pre_hook(look(axes, dim)))
+            handles.append(model.get_submodule(path).register_forward_pre_hook(look(axes, dim), with_kwargs=True))
         with probing(model):
             for batch in inputs:
                 call(model, batch)
