@@ -18,7 +18,6 @@ gradients that reach clipped weights, so that what was dropped may come back.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 import zlib
@@ -44,7 +43,7 @@ from weightfold.graph.edit import Edit, remove
 from weightfold.graph.group import ChannelGroup
 from weightfold.methods.base import Method, Moment, Proposal
 from weightfold.quant.activations import Activations, Grid
-from weightfold.quant.attached import detach
+from weightfold.quant.attached import plain_copy
 from weightfold.quant.budget import Budget, Caution, Ramp, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, observe_spans
@@ -138,6 +137,9 @@ class SelfCompress(Method):
         front: networks kept on the way, the smallest first.
         result: tensors of the file, once converted.
         grids: with ``activation_strength``, the grid of each layer's input, once converted.
+
+    An averaged copy of the network follows every cut, but nothing rounds it. Load its state into the network before
+    `convert`, and the file holds the average.
 
     Example:
         >>> import weightfold as wf
@@ -407,8 +409,7 @@ class SelfCompress(Method):
         """Keep the network of this moment if none that is kept is smaller and better."""
         if not math.isfinite(loss) or any(p.n_bytes <= self._size and p.loss <= loss for p in self.front):
             return
-        tensors, network = self._coded(moment.model), copy.deepcopy(moment.model)
-        detach(network)
+        tensors, network = self._coded(moment.model), plain_copy(moment.model)
         tensors.load_into(network)
         rest = [p for p in self.front if p.n_bytes < self._size or p.loss < loss]
         front = sorted([*rest, Point(self._size, loss, moment.step, network, tensors)], key=lambda p: p.n_bytes)

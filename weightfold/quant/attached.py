@@ -7,6 +7,7 @@ checkpoints and ties know. Exponents and bits stand beside it as plain attribute
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -106,3 +107,14 @@ def detach(model: nn.Module) -> None:
         delattr(module, leaf + BITS)
         delattr(module, leaf + REGROWTH)
         module.__class__ = _plain(module)[0]
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a network in training, without quantisers, and without the hooks that watch or quantise its inputs."""
+    twin = copy.deepcopy(model)
+    detach(twin)
+    for module in twin.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith("weightfold.")]:
+                del hooks[key]
+    return twin
