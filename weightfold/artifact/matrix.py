@@ -40,6 +40,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,7 @@ from weightfold.artifact.rows import Rows
 from weightfold.artifact.zeros import PRIORS, Columns, Grid
 
 Coding = Literal["entropy", "packed"]
+_BITS: WeakKeyDictionary[CodedTensor, float] = WeakKeyDictionary()
 _ENOUGH = 1 << 19
 """Codes on which a choice is tried: of larger tensors, every n-th row."""
 
@@ -121,7 +123,7 @@ def decode(data: bytes, shape: tuple[int, ...]) -> CodedTensor:
 
 
 def coded_bits(tensor: CodedTensor) -> float:
-    """What the entropy-coded tensor takes, in bits, without coding it.
+    """What the entropy-coded tensor takes, in bits, without coding it; of the same tensor found once.
 
     Example:
         >>> codes = np.random.default_rng(0).integers(-3, 4, (20, 30)).astype(np.int16)
@@ -129,9 +131,11 @@ def coded_bits(tensor: CodedTensor) -> float:
         >>> abs(coded_bits(tensor) / 8 + 1 - len(encode(tensor))) < 2
         True
     """
-    meter = Meter()
-    write(tensor, meter)
-    return meter.bits
+    if tensor not in _BITS:
+        meter = Meter()
+        write(tensor, meter)
+        _BITS[tensor] = meter.bits
+    return _BITS[tensor]
 
 
 def write(tensor: CodedTensor, coder: Coder) -> None:
