@@ -282,7 +282,8 @@ def weights_left(bench: Bench, share: float) -> int:
 
 def magnitude(bench: Bench, share: float) -> Cut:
     every = torch.cat([w.abs().flatten() for w, _ in bench.layers])
-    least = every.sort(descending=True).values[weights_left(bench, share) - 1]
+    left = max(weights_left(bench, share), 1)
+    least = every.sort(descending=True).values[left - 1]
     return masked(bench, [(w.abs() >= least).double() for w, _ in bench.layers])
 
 
@@ -415,7 +416,8 @@ def one(data: Regression, net: str, seed: int) -> list[dict[str, Any]]:
     for share in BUDGETS:
         for name, method in METHODS.items():
             cut = method(bench, share)
-            assert cut.size() <= share * bench.full() + 1, (name, share, cut.size(), bench.full())
+            limit = max(share * bench.full(), sum(bench.widths[1:])) + 1
+            assert cut.size() <= limit, (name, share, cut.size(), limit)
             for stage, value in stages(bench, name, cut, data):
                 key = {"data": data.name, "net": net, "kept": share, "method": name, "stage": stage, "seed": seed}
                 out.append({**key, "r2": value, "dense": dense})

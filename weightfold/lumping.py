@@ -47,7 +47,9 @@ ROUNDING = 64
 """Relative differences of rows up to this many units of rounding count as none."""
 FINE = 2e11
 """Products up to which distances are taken in float64; in float32 above, exact to 1e-3 of a row's length."""
-TILE = 1 << 25
+MIXED = 1 << 26
+"""Entries of a map of means up to which one is made; above, a block takes the row of its representative."""
+TILE = 1 << 22
 """Distances that are computed at once."""
 
 
@@ -390,7 +392,7 @@ def lumped(
         "flipped": int((gone & ~dropped & equal & (coefficient < 0)).sum()),
         "rescaled": int((gone & ~dropped & equal & (coefficient > 0) & (coefficient != 1)).sum()),
     }
-    mean = found.mixable and kinds["near"] > 0
+    mean = found.mixable and kinds["near"] > 0 and group.n_channels * len(keep) <= MIXED
     return Lumping(labels, keep, coefficient, values, mean, kinds, found.reads_C.square())
 
 
@@ -445,7 +447,8 @@ def _representatives(labels: Tensor, rank: Tensor, dropped: Tensor, block: Tenso
     counts = torch.bincount(blocks[torch.tensor(keep, dtype=torch.long)], minlength=int(blocks.max()) + 1)
     wanted = max(1, int(counts.max()))
     for b in range(len(counts)):
-        spare = [i for i in (blocks == b).nonzero().flatten().tolist() if i not in keep]
+        staying = set(keep)
+        spare = [i for i in (blocks == b).nonzero().flatten().tolist() if i not in staying]
         for i in spare[: wanted - int(counts[b])]:
             labels[i] = int(labels.max()) + 1
             keep.append(i)

@@ -137,10 +137,17 @@ def mix(front: Tensor, axis: Axis, plan: Layout, matrix: Tensor) -> Tensor:
         have = axis.index[:, m] >= 0
         new = ((plan.slot == m) & (plan.channel >= 0)).nonzero().flatten()
         rows = flat.index_select(0, axis.index[have, m].to(front.device))
-        weights = matrix[plan.channel[new]][:, have].to(front.device)
+        weights = _chosen(matrix, plan.channel[new], have).to(front.device)
         mixed = (weights @ rows.double()).to(front.dtype)
         out[new.to(front.device)] = mixed.reshape(-1, *front.shape[1:])
     return out
+
+
+def _chosen(matrix: Tensor, rows: Tensor, have: Tensor) -> Tensor:
+    """Some rows and columns of a map; the map itself, uncopied, where that is all of it in order."""
+    if rows.numel() != matrix.shape[0] or not torch.equal(rows, torch.arange(rows.numel())):
+        matrix = matrix[rows]
+    return matrix if bool(have.all()) else matrix[:, have]
 
 
 def scale_rows(front: Tensor, factors: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ def edited(front: Tensor, axis: Axis, plan: Layout, edit: Edit, factors: Tensor 
     """What an edit makes of weights along one axis: writers are mixed by A, readers by B, the rest is selected."""
     reads = axis.role == "read"
     if reads and (edit.read is not None or axis.key in edit.reads):
-        out = mix(front, axis, plan, edit.B_of(axis.key).T.contiguous())
+        out = mix(front, axis, plan, edit.B_of(axis.key).T)
     elif not reads and edit.write is not None:
         out = mix(front, axis, plan, edit.write)
     else:

@@ -187,7 +187,9 @@ class Lump(Method):
 
     def _why(self, edit: Edit, kinds: Mapping[str, int], mean: bool) -> dict[str, Any]:
         read = edit.B if not edit.reads else next(iter(edit.reads.values()))
-        blocks = read.abs().argmax(1).tolist()
+        keep = set(edit.carry.tolist())
+        gone = [i for i in range(edit.n_channels) if i not in keep]
+        partner = read[gone].abs().argmax(1).tolist()
         return {
             "metric": "distance of what writes the channels",
             "unit": "share of the group's median row norm",
@@ -198,8 +200,7 @@ class Lump(Method):
             "kinds": {kind: n for kind, n in kinds.items() if n},
             "dropped": [
                 {"channel": i, "partner": int(edit.carry[k]), "coefficient": float(read[i, k])}
-                for i, k in enumerate(blocks)
-                if i not in set(edit.carry.tolist())
+                for i, k in zip(gone, partner, strict=True)
             ],
             "rejected": [],
         }
