@@ -46,7 +46,7 @@ from weightfold.quant.activations import Activations, Grid
 from weightfold.quant.attached import plain_copy
 from weightfold.quant.budget import Budget, Caution, Ramp, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
-from weightfold.quant.dead import Dead, dead_channels, observe_spans
+from weightfold.quant.dead import Dead, dead_channels, evenly, first_of_blocks, observe_spans
 from weightfold.quant.fake import start, step_index
 from weightfold.quant.learner import Learner
 from weightfold.size import count_macs, file_bytes, unique_state
@@ -456,9 +456,9 @@ class SelfCompress(Method):
                 mask[at[at >= 0]] = True
 
     def _proposal(self, group: ChannelGroup, dead: Dead, ripe_C: Tensor, last: bool) -> Proposal | None:
-        gone_C = _evenly(ripe_C, group.block)
+        gone_C = evenly(ripe_C, group.block)
         if bool(gone_C.all()):
-            gone_C[_first_of_blocks(group)] = False
+            gone_C[first_of_blocks(group)] = False
         n = int(gone_C.sum())
         if n == 0 or (n < max(1, group.n_channels // 16) and not last):
             return None
@@ -591,21 +591,3 @@ def expected_accuracy(moment: Moment) -> float:
             chance = scores.float().flatten(0, -2).softmax(-1).gather(1, targets.reshape(-1, 1))
             total, n = total + float(chance.sum()), n + chance.numel()
     return 100 * total / max(n, 1)
-
-
-def _first_of_blocks(group: ChannelGroup) -> Tensor:
-    """One channel of each block."""
-    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
-    return torch.stack([(block == b).nonzero()[0, 0] for b in range(int(block.max()) + 1)])
-
-
-def _evenly(gone_C: Tensor, block: Tensor | None) -> Tensor:
-    """As many channels of every block: those of the block that can spare the fewest."""
-    if block is None:
-        return gone_C.clone()
-    places = [((block == b) & gone_C).nonzero().flatten() for b in range(int(block.max()) + 1)]
-    n = min(len(p) for p in places)
-    out = torch.zeros_like(gone_C)
-    for place in places:
-        out[place[:n]] = True
-    return out

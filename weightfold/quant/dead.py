@@ -164,3 +164,21 @@ def observe_spans(model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) 
         for handle in handles:
             handle.remove()
     return spans
+
+
+def first_of_blocks(group: ChannelGroup) -> Tensor:
+    """One channel of each block."""
+    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
+    return torch.stack([(block == b).nonzero()[0, 0] for b in range(int(block.max()) + 1)])
+
+
+def evenly(gone_C: Tensor, block: Tensor | None) -> Tensor:
+    """As many channels of every block: those of the block that can spare the fewest."""
+    if block is None:
+        return gone_C.clone()
+    places = [((block == b) & gone_C).nonzero().flatten() for b in range(int(block.max()) + 1)]
+    n = min(len(p) for p in places)
+    out = torch.zeros_like(gone_C)
+    for place in places:
+        out[place[:n]] = True
+    return out
