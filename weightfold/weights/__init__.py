@@ -1,0 +1,1 @@
+"""Weights as data: canonical forms and hashes, alignment, merging, spectra, differences."""
