@@ -184,6 +184,50 @@ def test_a_network_shrinks_to_a_file_that_holds_exactly_it(name: str, tmp_path: 
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
 
 
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.a(x)[:, None].expand(-1, 3, -1)).mean(1))
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(1, 16, 1), nn.Conv1d(16, 16, 3, padding=1, groups=4)
+        self.c, self.head = nn.ConvTranspose1d(16, 12, 2, stride=2), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.c(F.relu(self.b(F.relu(self.a(x[:, None])))))).mean(2))
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.head = nn.Embedding(10, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.a(self.table((2 * x + 5).long().clamp(0, 9)).mean(1))))
+
+
+@pytest.mark.filterwarnings("ignore:Every weight")
+@pytest.mark.parametrize(
+    ("kind", "groups"), [(Encoder, {"layer.linear1"}), (Grouped, {"a", "b", "c"}), (Embedded, {"table", "a"})]
+)
+def test_cuts_of_other_layers(kind: type[nn.Module], groups: set[str], tmp_path: Path) -> None:
+    """Attention of torch's own, grouped and transposed convolutions, tables of embeddings."""
+    torch.manual_seed(0)
+    model = kind()
+    before, chosen = copy.deepcopy(model), method(strength=1e-2)
+    c, net = run(chosen, model=model)
+    assert {e.group for e in c.events} == groups
+    assert all(e.accepted and abs(e.measured or 0.0) < 1e-5 for e in c.events)
+    written(net, chosen, before, tmp_path / "net.wfp")
+
+
 # aims -----------------------------------------------------------------------------------------------------------------
 
 
