@@ -184,7 +184,8 @@ def _curve_card(
     names = names_of(facts)
     lines = [Line(names[c.arm], c.arm, smooth(getattr(c, which)) if log else getattr(c, which)) for c in found]
     faint = [Line(names[c.arm], c.arm, getattr(c, which)) for c in found] if log else []
-    words = [(at, names["folded"] if number == 0 else "") for number, at in enumerate(marks)]
+    done = "channels cut" if packed_of(facts) else names["folded"]
+    words = [(at, done if number == 0 else "") for number, at in enumerate(marks)]
     plot = line_plot(title, lines, x_label=x_label, percent=percent, log=log, faint=faint, marks=words)
     return f'<div class="card"><h3>{title}</h3>{plot}</div>'
 
