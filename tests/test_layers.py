@@ -31,6 +31,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "models": (),
         "size": ("graph",),
         "widths": ("graph", "size"),
+        "kernels": (),
         "redundancy": ("graph",),
         "sharing": ("graph", "size"),
         "fingerprint": ("graph",),
@@ -67,7 +68,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "bench": ("runtime", "export"),
         "zoo": (),
         "uses": (),
-        "training": ("compressor", "replay", "export"),
+        "training": ("compressor", "replay", "export", "bench"),
         "report": ("compressor", "replay", "export"),
     },
     {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,12 +25,14 @@ class Grid:
         min_channels: no group gets narrower.
         floor: no group keeps a smaller share.
         vector: in place of ``align`` the largest power of two up to this that is at most a quarter of the group.
+        liked: in place of both, by group name: widths that a target's kernels like, as `weightfold.kernels` lists them.
     """
 
     align: int = 0
     min_channels: int = 1
     floor: float = 0.0
     vector: int = 0
+    liked: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def widths(self, group: ChannelGroup) -> list[int]:
         """All allowed widths, from the present one down.
@@ -39,10 +41,16 @@ class Grid:
             >>> from types import SimpleNamespace
             >>> Grid(align=8, floor=0.3).widths(SimpleNamespace(n_channels=36, block=None))
             [36, 32, 24, 16]
+            >>> Grid(liked={"a": [36, 20, 12]}, floor=0.5).widths(SimpleNamespace(name="a", n_channels=36, block=None))
+            [36, 20]
         """
         blocks = 1 if group.block is None else int(group.block.max()) + 1
-        unit = math.lcm(blocks, max(self.align, 1, self._vector(group.n_channels)))
+        liked = self.liked.get(group.name) if self.liked else None
+        unit = blocks if liked is not None else math.lcm(blocks, max(self.align, 1, self._vector(group.n_channels)))
         least = max(unit, min(self.min_channels, group.n_channels), math.ceil(self.floor * group.n_channels - 1e-9))
+        if liked is not None:
+            fits = {w for w in liked if least <= w < group.n_channels and w % blocks == 0}
+            return [group.n_channels, *sorted(fits, reverse=True)]
         below = range((group.n_channels - 1) // unit * unit, least - 1, -unit)
         return [group.n_channels, *below]
 

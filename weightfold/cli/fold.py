@@ -23,6 +23,9 @@ def fold(
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of the model.")] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the channels to keep.", show_default="0.7")] = None,
     macs: Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep, instead.")] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep to widths that weightfold tune found quick; never slower.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Unlabelled inputs to look at.")] = 1024,
     max_increase: Annotated[
         float | None, typer.Option(help="Take back edits that raise the loss by more; looks at labels.")
@@ -45,6 +48,7 @@ def fold(
         data=data,
         keep=keep,
         macs=macs,
+        tuned=None if tuned is None else str(tuned),
         samples=samples,
         max_increase=max_increase,
         seed=seed,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from weightfold.cli import export, fold, ledger, lump, sharing, trace, train
+from weightfold.cli import bench, export, fold, ledger, lump, sharing, trace, train, tune
 
 app = typer.Typer(
     name="weightfold",
@@ -22,6 +22,8 @@ app.command("train")(train.train)
 app.command("fold")(fold.fold)
 app.command("lump")(lump.lump)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
+app.command("tune")(tune.tune)
 app.add_typer(ledger.app, name="ledger")
 
 

@@ -101,6 +101,18 @@ def named_groups(graph: ChannelGraph, pattern: str | None, widths: Collection[st
     return found
 
 
+def check_liked(graph: ChannelGraph, names: Collection[str]) -> None:
+    """See that a table of widths was measured on this network.
+
+    Raises:
+        ConfigError: it names a group that the network lacks; gives the nearest.
+    """
+    known = [group.name for group in graph]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"The widths of 'liked' name no group '{name}'.", remedy=nearest(name, known))
+
+
 class Refused(WeightfoldError):
     """A method has looked and decided against any edit: the run goes on as it is, and the reason is recorded.
 

@@ -31,7 +31,7 @@ from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.heads import HeadJob, partner_of
-from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, named_groups
+from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, check_liked, named_groups
 from weightfold.plan import SHARES, AnyJob, Decision
 from weightfold.planner import Planner, knew_its_task
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
@@ -83,6 +83,8 @@ class FoldConfig(Config):
     """with a dial: fold whole attention heads as well"""
     align: int | None = Field(default=None, ge=0)
     """widths are multiples of this; 0 for any; by default as the hardware likes with a dial, else any"""
+    liked: dict[str, list[int]] | None = None
+    """widths that the target's kernels like, by group, in place of `align`: what `weightfold tune` measured"""
     groups: str | None = None
     """pattern of the names of groups to fold, such as "layer?.*.conv1"; all by default"""
     min_channels: int = Field(default=1, ge=1)
@@ -200,6 +202,7 @@ class Fold(Method):
             ConfigError: nothing can be folded (with the reasons), or a dial without what it needs.
         """
         groups, refused = eligible(moment.graph, self.config.groups)
+        check_liked(moment.graph, self.config.liked or ())
         if not groups:
             reasons = "; ".join(f"'{name}': {why}" for name, why in list(refused.items())[:4])
             raise ConfigError(f"No group of this network can be folded: {reasons or 'it has none'}.")
@@ -346,11 +349,11 @@ class Fold(Method):
         return self._grid(moment).widths(group)[-1]
 
     def _grid(self, moment: Moment) -> Grid:
-        floor = 0.0 if self.config.macs is None else self.config.floor
+        floor, liked = 0.0 if self.config.macs is None else self.config.floor, self.config.liked or {}
         if self.config.align is not None or not (self.config.dialled and moment.total_steps):
-            return Grid(self.config.align or 0, self.config.min_channels, floor)
+            return Grid(self.config.align or 0, self.config.min_channels, floor, liked=liked)
         device = next((p.device.type for p in moment.model.parameters()), "cpu")
-        return Grid(0, self.config.min_channels, floor, vector=16 if device == "cpu" else 64)
+        return Grid(0, self.config.min_channels, floor, vector=16 if device == "cpu" else 64, liked=liked)
 
     def _widths(self, moment: Moment, jobs: Sequence[Job]) -> Widths:
         groups, grid = [job.group for job in jobs], self._grid(moment)

@@ -27,7 +27,7 @@ from weightfold.graph.apply import find_tensor
 from weightfold.graph.edit import remove
 from weightfold.graph.group import ChannelGroup
 from weightfold.graph.observe import axis_rows, gather
-from weightfold.methods.base import Method, Moment, Proposal, named_groups
+from weightfold.methods.base import Method, Moment, Proposal, check_liked, named_groups
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform, uniform_for_macs
 
@@ -53,6 +53,8 @@ class PruneConfig(Config):
     """batches before the event during which statistics are taken (wanda)"""
     align: int = Field(default=0, ge=0)
     """widths are multiples of this; 0 for any"""
+    liked: dict[str, list[int]] | None = None
+    """widths that the target's kernels like, by group, in place of `align`: what `weightfold tune` measured"""
     groups: str | None = None
     """pattern of the names of groups to prune; all by default"""
     min_channels: int = Field(default=1, ge=1)
@@ -158,6 +160,7 @@ class Prune(Method):
         Raises:
             ConfigError: none can, or a name in `groups` or `widths` is unknown.
         """
+        check_liked(moment.graph, self.config.liked or ())
         self._groups(moment)
 
     def observes(self, step: int, total_steps: int) -> bool:
@@ -189,7 +192,7 @@ class Prune(Method):
         return usable
 
     def _grid(self) -> Grid:
-        return Grid(self.config.align, self.config.min_channels)
+        return Grid(self.config.align, self.config.min_channels, liked=self.config.liked or {})
 
     def _widths(self, moment: Moment, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor]) -> Widths:
         config, grid = self.config, self._grid()

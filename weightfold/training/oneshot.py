@@ -6,7 +6,7 @@ import copy
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from weightfold.export.opened import open_model
 from weightfold.export.saved import write_structure
 from weightfold.export.source import Source
 from weightfold.fingerprint import fingerprint
+from weightfold.kernels import Tuned
 from weightfold.ledger import Ledger
 from weightfold.size import macs, parameters
 from weightfold.training import folder as files
@@ -55,6 +56,8 @@ class OneShotConfig(Config):
     """share of the channels to keep"""
     macs: float | None = Field(default=None, gt=0, le=1)
     """share of the multiply-accumulates to keep, in place of `keep`"""
+    tuned: str | None = None
+    """a table of `weightfold tune`: widths are those that it likes, and a slower network is refused"""
     samples: PositiveInt = 1024
     """unlabelled training inputs to look at"""
     max_increase: float | None = Field(default=None, ge=0)
@@ -111,6 +114,7 @@ def _fold(config: OneShotConfig, out: Path, data: Dataset, source: Source, origi
         start = time.perf_counter()
         events, widths, net = _compress(config, data, model, ledger)
         seconds = time.perf_counter() - start
+        timed = _refuse_slower(config, source, twin, net)
         folded = _measured(net, data, evaluate(net, data, "test", torch.device("cpu")))
         scores = {name: facts.pop("answers") for name, facts in (("dense", dense), ("folded", folded))}
         paired = paired_difference(scores["dense"], scores["folded"])
@@ -121,6 +125,8 @@ def _fold(config: OneShotConfig, out: Path, data: Dataset, source: Source, origi
     _save(out, source, twin, net, head)
     _time(dense, folded, {"dense": twin, "folded": net}, data, out)
     folded |= {"events": events}
+    dense |= {"target_ms": timed[0]} if timed else {}
+    folded |= {"target_ms": timed[1]} if timed else {}
     results = {
         "score": score_name(data.task),
         "arms": {"dense": dense, "folded": folded},
@@ -146,6 +152,8 @@ def _compress(
     settings: dict[str, Any] = {
         name: value for name, value in (("keep", config.keep), ("macs", config.macs)) if value is not None
     }
+    if config.tuned is not None:
+        settings["liked"] = Tuned.read(config.tuned).all_liked()
     compressor = Compressor(
         model,
         data.task.example(),
@@ -163,6 +171,19 @@ def _compress(
     if refused:
         raise DataError(refused[0]["reason"].partition("\n")[0], remedy="Raise --samples, or pass more data.")
     return events, [[name, n, after.get(name, n)] for name, n in before.items()], compressor.convert().eval()
+
+
+def _refuse_slower(
+    config: OneShotConfig, source: Source, dense: nn.Module, net: nn.Module
+) -> tuple[float, float] | None:
+    """Time both networks on the target, if there is one, and refuse the new one where it is slower."""
+    if config.tuned is None:
+        return None
+    from weightfold.bench.tune import check_not_slower
+
+    table = Tuned.read(config.tuned)
+    before, after = (replace(source, model=copy.deepcopy(model).eval()) for model in (dense, net))
+    return check_not_slower(before, after, table.target, batch=table.shape[0], threads=table.threads)
 
 
 def _inputs(config: OneShotConfig, data: Dataset) -> Iterator[Tensor]:
