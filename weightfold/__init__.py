@@ -15,6 +15,7 @@ _PUBLIC = {
     "Event": "weightfold.history",
     "Fold": "weightfold.methods.fold",
     "Ledger": "weightfold.ledger",
+    "Lump": "weightfold.methods.lump",
     "Palette": "weightfold.methods.palette",
     "Prune": "weightfold.methods.prune",
     "SelfCompress": "weightfold.methods.self_compress",
