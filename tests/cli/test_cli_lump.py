@@ -13,6 +13,7 @@ from typer.testing import Result
 
 from weightfold.export.opened import open_model
 from weightfold.ledger import Ledger
+from weightfold.training.again import rebuild_run
 from weightfold.training.lumped import LumpRunConfig, lump_network
 
 Run = Callable[..., Result]
@@ -77,6 +78,16 @@ def test_a_folder_holds_the_smaller_model_and_a_sound_ledger(cli: Run, nets: str
     x = torch.randn(20, 6)
     assert small[0].out_features == 14
     assert torch.allclose(small(x), whole(x), atol=1e-6)
+
+
+def test_a_lumped_model_is_replayed_from_its_ledger(cli: Run, nets: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("lump", nets, "--example", "1x6", "--eps", "1.0", "--out", out).exit_code == 0
+    facts = rebuild_run(out, maker=nets)
+    assert facts["edits"] > 0
+    assert facts["same_structure"]
+    assert facts["same_weights"]
+    assert facts["unknown"] == []
 
 
 def test_a_target_with_repair_reports_what_was_measured(cli: Run, rows: Path, tmp_path: Path) -> None:

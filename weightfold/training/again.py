@@ -14,6 +14,7 @@ from weightfold.audit.history import Change, History, history_of
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export import save_model
 from weightfold.export.blueprint import Blueprint, state_tensors
+from weightfold.export.example import zeros
 from weightfold.export.opened import open_model
 from weightfold.export.saved import write_structure
 from weightfold.export.source import Source
@@ -26,6 +27,9 @@ from weightfold.training import folder as files
 from weightfold.training.config import TrainConfig
 from weightfold.training.finish import tensor_digests
 from weightfold.training.run import Progress, train
+
+AT_ONCE = ("fold", "lump")
+"""Runs that compress a trained network at once."""
 
 Facts = dict[str, Any]
 Blob = Callable[[str], bytes]
@@ -51,8 +55,8 @@ def rebuild_run(folder: str | Path, *, maker: str | None = None) -> Facts:
         history = read(ledger)
         model = original(folder, run, maker)
         start = fingerprint(model)
-        one_shot = run["kind"] == "fold"
-        made = rebuild(model, _task(run).example(), history, ledger.get_blob, weights=one_shot)
+        one_shot = run["kind"] in AT_ONCE and not any(entry.kind == "repair" for entry in history.entries)
+        made = rebuild(model, _example(folder, run), history, ledger.get_blob, weights=one_shot)
     difference = made.difference or _unlike(model, folder / files.MODEL, history)
     same = difference is None
     saved = read_structure(folder / files.MODEL)[0]
@@ -154,7 +158,7 @@ def original(folder: Path, run: Mapping[str, Any], maker: str | None) -> nn.Modu
     Raises:
         ConfigError: it is made by code of the user's own, and no maker was passed.
     """
-    if run["kind"] == "fold":
+    if run["kind"] in AT_ONCE:
         return open_model(str(folder / files.DENSE), maker=maker).model
     config, task = run["config"], _task(run)
     if config["model"] in NAMES:
@@ -171,6 +175,13 @@ def _check_maker(name: str, folder: Path, maker: str | None) -> None:
             f"'{folder}' holds a network made by '{name}': code that is not run because a file names it.",
             remedy=f"If you trust it, pass --model {name}",
         )
+
+
+def _example(folder: Path, run: Mapping[str, Any]) -> Any:
+    """What the network was traced with: from the data's task, or from the saved model."""
+    if run["data"] is not None and "task" in run["data"]:
+        return _task(run).example()
+    return zeros(read_structure(folder / files.MODEL)[0].inputs)
 
 
 def _task(run: Mapping[str, Any]) -> TaskSpec:

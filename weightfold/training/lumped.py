@@ -243,7 +243,7 @@ def lump_to_folder(
     model, device = source.model, torch.device("cpu")
     before = None if data is None else evaluate(model, data, "test", device)
     facts = {
-        "config": config.model_dump(mode="json"),
+        "config": {"model": source.builder.name, **config.model_dump(mode="json")},
         "versions": versions(),
         "device": "cpu",
         "threads": torch.get_num_threads(),
