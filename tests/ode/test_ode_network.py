@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +169,22 @@ def test_the_module_read_back_is_the_network() -> None:
     net = mlp([3, 5, 2], nn.Tanh, 0)
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(Network.of(net).module()(x), net(x))
+
+
+@pytest.mark.parametrize("eps", [0.3, 0.8, 1.5])
+@pytest.mark.parametrize(("kind", "how"), [("forward", "single"), ("backward", "complete")])
+def test_the_benchmarks_rivals_are_these_equivalences(eps: float, kind: str, how: str) -> None:
+    """Layer sweeps of the benchmark against refining the whole system; its forward distances count three times."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import lumping
+
+    net = mlp([3, 12, 10, 2], nn.Tanh, 3)
+    layers = [(m.weight.detach(), m.bias.detach()) for m in net if isinstance(m, nn.Linear)]
+    bench = lumping.Bench(net, layers, nn.Tanh(), torch.zeros(1, 3).double(), 0)
+    cut = lumping.forward_at(bench, eps) if kind == "forward" else lumping.backward_at(bench, eps)
+    network = Network.of(net)
+    labels = partition(network, kind, 3 * eps if kind == "forward" else eps, how)  # type: ignore[arg-type]
+    small = read_back(network, labels, kind)  # type: ignore[arg-type]
+    assert tuple(len(b) for _, b in cut.layers) == small.widths[1:]
+    x = np.random.default_rng(0).normal(size=(10, 3))
+    assert np.allclose(bench.module(cut).double()(torch.from_numpy(x)).detach().numpy(), small(x), atol=1e-5)
