@@ -384,7 +384,7 @@ def _prepared(point: Point, table: Nodes) -> list[_Tensor]:
         norm = float(value.square().sum()) ** 0.5
         g = slabs.get(name, 1)
         sided = [d for d in range(value.ndim) if any(k[0] == name and k[1] == d for k in table.layers)]
-        dims = sorted({*sided, *([0] if g > 1 else [])})
+        dims = sorted(set(sided) | ({0} if g > 1 else set()))
         out.append(_without_plain_dims(name, number, value, dims, g, norm))
     return out
 

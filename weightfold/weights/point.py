@@ -12,7 +12,7 @@ Reference: Kempf & Ness 1979 (least vectors of an orbit); Neyshabur et al. 2015,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -354,9 +354,8 @@ def _newton_(tables: list[_Table], values: Tensor, alive: Tensor) -> bool:
     return False
 
 
-def _conjugate(times: object, right: Tensor, scale: Tensor) -> Tensor:
+def _conjugate(times: Callable[[Tensor], Tensor], right: Tensor, scale: Tensor) -> Tensor:
     """Solve the Newton system by conjugate gradients, preconditioned by the diagonal."""
-    assert callable(times)
     x = torch.zeros_like(right)
     r = right.clone()
     z = r / scale

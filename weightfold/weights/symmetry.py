@@ -341,7 +341,7 @@ def _heads(
 def _adds_alike(model: nn.Module, example: Example, weight: str) -> bool:
     """Whether the same vector added to every row of a weight adds the same number to every output of a sample."""
     twin = structural_copy(model, lambda t: _copied(t)).eval()
-    args, kwargs = pytree.tree_map_only(Tensor, _lively, arguments(example))
+    args, kwargs = pytree.tree_map_only(Tensor, lively_input, arguments(example))
     try:
         before = twin(*args, **kwargs)
         tensor = dict(twin.named_parameters(remove_duplicate=False))[weight]
@@ -359,7 +359,7 @@ def _adds_alike(model: nn.Module, example: Example, weight: str) -> bool:
     return False
 
 
-def _lively(x: Tensor) -> Tensor:
+def lively_input(x: Tensor) -> Tensor:
     """Numbers that are not all alike, in place of an example of zeros."""
     return torch.arange(x.numel(), device=x.device).sin().to(x.dtype).reshape(x.shape) if x.is_floating_point() else x
 

@@ -1,0 +1,85 @@
+"""Do two models have the same architecture, and if not, what differs; may they be merged, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from weightfold.errors import GraphError
+from weightfold.weights.symmetry import Symmetries
+
+N_SHOWN = 5
+
+
+def differences(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """What two sets of named tensors do not have in common: names and shapes, one sentence each.
+
+    Example:
+        >>> differences({"w": torch.zeros(2, 3)}, {"w": torch.zeros(2, 4), "v": torch.zeros(1)})
+        ["'w' has shape (2, 3) in the first and (2, 4) in the second", "the first lacks 'v' (1,)"]
+    """
+    found = []
+    for name in a:
+        if name not in b:
+            found.append(f"the second lacks '{name}' {tuple(a[name].shape)}")
+        elif a[name].shape != b[name].shape:
+            one, two = tuple(a[name].shape), tuple(b[name].shape)
+            found.append(f"'{name}' has shape {one} in the first and {two} in the second")
+    return found + [f"the first lacks '{name}' {tuple(b[name].shape)}" for name in b if name not in a]
+
+
+def require_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """Refuse models of unlike architecture.
+
+    Raises:
+        GraphError: says what differs.
+    """
+    found = differences(a, b)
+    if found:
+        more = f"; and {len(found) - N_SHOWN} more" if len(found) > N_SHOWN else ""
+        widths = not any("lacks" in text for text in found)
+        raise GraphError(
+            f"The models differ in architecture: {'; '.join(found[:N_SHOWN])}{more}.",
+            remedy="Models of the same layers and other widths can be matched softly: method 'soft'."
+            if widths
+            else "Only models of the same layers can be aligned.",
+        )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether two models can be merged.
+
+    Args:
+        verdict: "as they are", "after alignment", "softly" (other widths) or "no".
+        reasons: why, one sentence each.
+        cosine: of all weights as they are, and 0 where shapes differ.
+        cosine_aligned: after alignment, if it was tried.
+        chance: cosine that alignment reaches between unrelated weights of these sizes (the same, shuffled).
+    """
+
+    verdict: str
+    reasons: tuple[str, ...]
+    cosine: float = 0.0
+    cosine_aligned: float | None = None
+    chance: float | None = None
+
+
+def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Symmetries | None = None) -> float:
+    """Cosine of two sets of weights, over all tensors that hold floating numbers (or those of the symmetries)."""
+    keys = [n for n in a if a[n].is_floating_point() and (names is None or n in names.shapes)]
+    dot = sum(float((a[n].double() * b[n].double()).sum()) for n in keys)
+    size = sum(float(a[n].double().square().sum()) for n in keys) * sum(
+        float(b[n].double().square().sum()) for n in keys
+    )
+    return dot / size**0.5 if size > 0 else 0.0
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and floating buffers by name, detached."""
+    return {
+        n: t.detach() for n, t in model.state_dict().items() if isinstance(t, Tensor) and torch.is_floating_point(t)
+    }

@@ -1,0 +1,306 @@
+"""Merging: one model of several, by averages of weights in one basis.
+
+With θ₀ the common start (base), θ_i the models, τ_i = θ_i - θ₀:
+
+- average         Σ w_i θ_i
+- task arithmetic θ₀ + λ Σ τ_i
+- TIES            keep the share k of τ_i's largest entries, elect a sign per entry by the sum, average the agreeing
+- DARE            drop a share p of τ_i at random, rescale the rest by 1 / (1 - p), then as task arithmetic
+- Fisher          Σ F_i θ_i / Σ F_i, entry by entry, F the mean square of the loss's gradient
+- RegMean         W = (Σ G_i)⁻¹ Σ G_i W_i for linear layers, G_i = X_iᵀ X_i of the layer's inputs; others averaged
+
+References: Wortsman et al. 2022, arXiv 2203.05482; Ilharco et al. 2022, arXiv 2212.04089; Yadav et al. 2023, arXiv
+2306.01708; Yu et al. 2023, arXiv 2311.03099; Matena & Raffel 2021, arXiv 2111.09832; Jin et al. 2022, arXiv 2212.09849.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightfold.errors import ConfigError, DataError
+from weightfold.graph.trace import Example, arguments
+from weightfold.weights.align import align
+from weightfold.weights.compare import Gate, cosine, differences, require_alike, weights_of
+from weightfold.weights.symmetry import Symmetries, symmetries
+
+State = dict[str, Tensor]
+CLOSE = 0.5
+"""Cosine of weights as they are, above which models count as one family."""
+
+
+def average(models: Sequence[nn.Module], shares: Sequence[float] | None = None) -> nn.Module:
+    """The weighted mean of models in one basis.
+
+    Raises:
+        GraphError: the architectures differ; says where.
+        ConfigError: no models, or shares that do not fit.
+    Example:
+        >>> a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> torch.equal(average([a, b]).weight, (a.weight + b.weight) / 2)
+        True
+    """
+    states = _states(models)
+    share = [1 / len(states)] * len(states) if shares is None else list(shares)
+    if len(share) != len(states):
+        raise ConfigError(f"There are {len(states)} models and {len(share)} shares.")
+    return _loaded(
+        models[0], {n: sum(w * s[n].double() for w, s in zip(share, states, strict=True)) for n in states[0]}
+    )
+
+
+def task_arithmetic(base: nn.Module, models: Sequence[nn.Module], strength: float = 1.0) -> nn.Module:
+    """Add what each model learned since the base: θ₀ + λ Σ τ_i. ``strength``: λ."""
+    start, deltas = _deltas(base, models)
+    return _loaded(base, {n: start[n] + strength * sum(d[n] for d in deltas) for n in start})
+
+
+def ties(base: nn.Module, models: Sequence[nn.Module], keep: float = 0.2, strength: float = 1.0) -> nn.Module:
+    """Keep the largest changes, elect a sign for each entry, average the agreeing ones.
+
+    Args:
+        keep: share of each model's entries that are kept, in (0, 1].
+        strength: λ.
+    """
+    if not 0 < keep <= 1:
+        raise ConfigError(f"The 'keep' of ties must lie in (0, 1]. Got {keep} instead.")
+    start, deltas = _deltas(base, models)
+    trimmed = [_largest(d, keep) for d in deltas]
+    out = {}
+    for n in start:
+        stack = torch.stack([d[n] for d in trimmed])
+        elected = stack.sum(0).sign()
+        agree = (stack.sign() == elected) & (stack != 0)
+        mean = (stack * agree).sum(0) / agree.sum(0).clamp_min(1)
+        out[n] = start[n] + strength * mean
+    return _loaded(base, out)
+
+
+def _largest(delta: State, keep: float) -> State:
+    sizes = torch.cat([d.abs().reshape(-1) for d in delta.values()])
+    k = max(1, round(keep * sizes.numel()))
+    limit = sizes.kthvalue(sizes.numel() - k + 1).values
+    return {n: torch.where(d.abs() >= limit, d, 0.0) for n, d in delta.items()}
+
+
+def dare(
+    base: nn.Module,
+    models: Sequence[nn.Module],
+    generator: torch.Generator,
+    drop: float = 0.9,
+    strength: float = 1.0,
+) -> nn.Module:
+    """Drop changes at random and rescale the rest, then add them. ``drop``: share p, in [0, 1)."""
+    if not 0 <= drop < 1:
+        raise ConfigError(f"The 'drop' of dare must lie in [0, 1). Got {drop} instead.")
+    start, deltas = _deltas(base, models)
+    out = {n: start[n].clone() for n in start}
+    for delta in deltas:
+        for n in delta:
+            stay = torch.rand(delta[n].shape, generator=generator) >= drop
+            out[n] += strength * delta[n] * stay / (1 - drop)
+    return _loaded(base, out)
+
+
+def fisher_of(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], data: Iterable[Any]) -> State:
+    """Mean square of the loss's gradient by each weight, one term a batch (take batches of one for the true mean).
+
+    Args:
+        loss: the loss of a model on one batch.
+    """
+    twin = copy.deepcopy(model).eval()
+    total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in twin.named_parameters()}
+    count = 0
+    for batch in data:
+        twin.zero_grad()
+        loss(twin, batch).backward()
+        count += 1
+        for n, p in twin.named_parameters():
+            if p.grad is not None:
+                total[n] += p.grad.double().square()
+    if not count:
+        raise DataError("Fisher information needs data.")
+    return {n: f / count for n, f in total.items()}
+
+
+def fisher(models: Sequence[nn.Module], information: Sequence[Mapping[str, Tensor]], floor: float = 1e-6) -> nn.Module:
+    """The mean of models weighted entry by entry by their Fisher information; what has none is averaged.
+
+    Args:
+        information: of each model, from `fisher_of`.
+        floor: least weight of an entry, as a share of the tensor's mean information.
+    """
+    states = _states(models)
+    if len(information) != len(states):
+        raise ConfigError(f"There are {len(states)} models and {len(information)} tables of Fisher information.")
+    out = {}
+    for n in states[0]:
+        if n not in information[0]:
+            out[n] = torch.stack([s[n].double() for s in states]).mean(0)
+            continue
+        stack = torch.stack([f[n].double() for f in information])
+        stack = stack + floor * stack.mean().clamp_min(1e-30)
+        values = torch.stack([s[n].double() for s in states])
+        out[n] = (stack * values).sum(0) / stack.sum(0)
+    return _loaded(models[0], out)
+
+
+@torch.no_grad()
+def grams_of(model: nn.Module, data: Iterable[Example]) -> State:
+    """XᵀX of the inputs of each linear layer, by the layer's path, shapes (I, I)."""
+    grams: State = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).double()
+            grams[name] = grams[name] + x.T @ x if name in grams else x.T @ x
+
+        return hook
+
+    twin = copy.deepcopy(model).eval()
+    layers = [(n, m) for n, m in twin.named_modules() if isinstance(m, nn.Linear)]
+    for name, module in layers:
+        module.register_forward_pre_hook(hook_of(name))
+    for batch in data:
+        args, kwargs = arguments(batch)
+        twin(*args, **kwargs)
+    return grams
+
+
+def regmean(models: Sequence[nn.Module], grams: Sequence[Mapping[str, Tensor]], shrink: float = 0.9) -> nn.Module:
+    """Linear layers by least squares on their inputs' Gram matrices, all else by the mean.
+
+    Args:
+        grams: of each model, from `grams_of`.
+        shrink: factor of the off-diagonal entries, in [0, 1]; below 1 the solution is stable.
+    """
+    states = _states(models)
+    if len(grams) != len(states):
+        raise ConfigError(f"There are {len(states)} models and {len(grams)} sets of Gram matrices.")
+    out = {n: torch.stack([s[n].double() for s in states]).mean(0) for n in states[0]}
+    for layer in grams[0]:
+        name = f"{layer}.weight"
+        shrunk = [shrink * g[layer] + (1 - shrink) * torch.diag(g[layer].diagonal()) for g in grams]
+        total = sum(shrunk, torch.zeros_like(shrunk[0]))
+        ridge = 1e-8 * float(total.diagonal().mean()) + 1e-30
+        right = sum((g @ s[name].double().T for g, s in zip(shrunk, states, strict=True)), torch.zeros(()))
+        out[name] = torch.linalg.solve(total + ridge * torch.eye(len(total), dtype=torch.float64), right).T
+    return _loaded(models[0], out)
+
+
+# many models ----------------------------------------------------------------------------------------------------------
+
+
+def align_all(
+    models: Sequence[nn.Module], example: Example, *, rounds: int = 10, found: Symmetries | None = None
+) -> list[nn.Module]:
+    """Bring many models into one basis: each in turn is aligned to the mean of the others until none moves.
+
+    Reference: Ainsworth et al. 2022, arXiv 2209.04836, algorithm 3 (MergeMany).
+    """
+    if not models:
+        raise ConfigError("There are no models to align.")
+    found = symmetries(models[0], example) if found is None else found
+    aligned = [models[0], *(align(models[0], m, example, found=found).model for m in models[1:])]
+    for _ in range(rounds if len(models) > 2 else 0):
+        moved = False
+        for i in range(len(aligned)):
+            rest = average([m for j, m in enumerate(aligned) if j != i])
+            turned = align(rest, aligned[i], example, found=found)
+            if turned.cosine_after > turned.cosine_before + 1e-9:
+                aligned[i], moved = turned.model, True
+        if not moved:
+            break
+    return aligned
+
+
+# the gate -------------------------------------------------------------------------------------------------------------
+
+
+def gate(
+    a: nn.Module,
+    b: nn.Module,
+    example: Example,
+    *,
+    generator: torch.Generator | None = None,
+    found: Symmetries | None = None,
+) -> Gate:
+    """Say beforehand whether two models can be merged, and why.
+
+    Looks at shapes, at numbers that are not finite, at the cosine as they are (models of one family share a start), and
+    at what alignment brings beyond chance: the same search on the second model's weights shuffled within each tensor.
+
+    Args:
+        generator: draws the shuffle; seeded 0 by default.
+    """
+    one, two = weights_of(a), weights_of(b)
+    for which, state in (("first", one), ("second", two)):
+        for name, value in state.items():
+            if not bool(torch.isfinite(value).all()):
+                return Gate("no", (f"'{name}' of the {which} model holds NaN or infinite numbers",))
+    differ = differences(one, two)
+    if any("lacks" in text for text in differ):
+        return Gate("no", tuple(f"they have other layers: {text}" for text in differ[:5]))
+    if differ:
+        return Gate("softly", tuple(f"widths differ: {text}" for text in differ[:5]))
+    if all(torch.equal(one[n], two[n]) for n in one):
+        return Gate("as they are", ("they are equal, byte for byte",), 1.0, 1.0)
+    found = symmetries(a, example) if found is None else found
+    turned = align(a, b, example, found=found)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    chance = align(a, _shuffled(b, generator), example, found=found).cosine_after
+    now, then = turned.cosine_before, turned.cosine_after
+    if now >= CLOSE and then - now < 0.05:
+        why = f"weights point the same way (cosine {now:.2f}), as models of one family do; alignment adds nothing"
+        return Gate("as they are", (why,), now, then, chance)
+    if then > max(chance + 0.02, 1.2 * chance):
+        why = f"alignment raises the cosine from {now:.2f} to {then:.2f}; shuffled weights reach {chance:.2f}"
+        rest = () if then >= CLOSE else ("they share little beyond the task: expect a barrier, and repair",)
+        return Gate("after alignment", (why, *rest), now, then, chance)
+    why = f"alignment reaches a cosine of {then:.2f}, shuffled weights {chance:.2f}: nothing in common is found"
+    return Gate("no", (why,), now, then, chance)
+
+
+def _shuffled(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            flat = p.reshape(-1).clone()
+            p.copy_(flat[torch.randperm(flat.numel(), generator=generator)].reshape(p.shape))
+    return twin
+
+
+def similarity(a: nn.Module, b: nn.Module) -> float:
+    """Cosine of two models' weights as they are."""
+    return cosine(weights_of(a), weights_of(b))
+
+
+# parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _states(models: Sequence[nn.Module]) -> list[State]:
+    if not models:
+        raise ConfigError("There are no models to merge.")
+    states = [weights_of(m) for m in models]
+    for state in states[1:]:
+        require_alike(states[0], state)
+    return states
+
+
+def _deltas(base: nn.Module, models: Sequence[nn.Module]) -> tuple[State, list[State]]:
+    states = _states([base, *models])
+    start = {n: t.double() for n, t in states[0].items()}
+    return start, [{n: s[n].double() - start[n] for n in start} for s in states[1:]]
+
+
+def _loaded(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    twin = copy.deepcopy(model)
+    own = twin.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+    return twin
