@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import weightfold as wf
 from weightfold.artifact import Builder, CodedTensor, Input, nearest_step
 from weightfold.errors import ExportError
-from weightfold.export import Blueprint, Source, export
+from weightfold.export import Blueprint, Source, export, target_onnx_int8
 from weightfold.export.nbits import block_size, packed, rounded
 from weightfold.export.onnx_graph import codes_behind, to_onnx, weights
 from weightfold.export.packed import fill_
@@ -23,6 +25,12 @@ from weightfold.quant.activations import Grid, running
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 NUMPY = onnx.numpy_helper
+
+
+@pytest.fixture(autouse=True)
+def whole_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the choice of what stays in floats from depending on the clock."""
+    monkeypatch.setattr(target_onnx_int8, "HARDLY", math.inf)
 
 
 class Normed(nn.Module):
@@ -87,6 +95,29 @@ def test_int8_holds_the_learned_codes(tmp_path: Path) -> None:
         assert (np.abs(rows) == np.abs(tensor.codes.reshape(rows.shape))).all()
     plain = export(replace(source, coded={}), "onnx-int8", tmp_path / "plain.onnx")
     assert exported.relative_difference <= 1.5 * plain.relative_difference
+
+
+def test_what_is_slower_in_8_bits_may_stay_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(weights(to_onnx(coded_source())))
+    conv = next(w.node.name for w in found if w.node.op_type == "Conv")
+    assert target_onnx_int8._left_out(found) == [[], [conv]]
+    assert target_onnx_int8._left_out([w for w in found if w.node.op_type != "Conv"]) == [[]]
+    seconds = {"whole": 0.003, "part": 0.001}
+
+    class Slow:
+        slots = ()
+
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def run(self, _: list[object]) -> None:
+            time.sleep(seconds[self.path.name])
+
+    monkeypatch.setattr(target_onnx_int8, "load_onnx", lambda path, threads: Slow(path))
+    made = [Path("whole"), Path("part")]
+    assert target_onnx_int8._quickest(made, {}) == Path("whole")
+    monkeypatch.setattr(target_onnx_int8, "HARDLY", 1.05)
+    assert target_onnx_int8._quickest(made, {}) == Path("part")
 
 
 def test_learned_grids_are_the_activations_scales(tmp_path: Path) -> None:
