@@ -66,6 +66,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights and batches, the same for both networks.")] = 0,
     method: Annotated[Method, typer.Option(help="What makes the second network smaller.")] = Method.fold,
     keep: Annotated[float, typer.Option(help="Share of the channels to keep.")] = 0.5,
+    tuned: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="fold, prune: keep to widths that weightfold tune found quick.")
+    ] = None,
     at: Annotated[float, typer.Option(help="When to act, as a share of the steps.")] = 0.1,
     max_accuracy_loss: Annotated[
         float | None, typer.Option(metavar="POINTS", help="Dial: fold or compress as far as this costs.")
@@ -108,6 +111,7 @@ def train(
         "seed": seed,
         "method": method.name,
         "keep": keep,
+        "liked": None if tuned is None else _liked(tuned),
         "at": at,
         "max_accuracy_loss": max_accuracy_loss,
         "time_goal": time_goal,
@@ -119,6 +123,12 @@ def train(
         "threads": threads,
     }
     _run(out or Path("runs", Path(data or source).stem), config, force=force, as_json=as_json)
+
+
+def _liked(path: Path) -> dict[str, list[int]]:
+    from weightfold.kernels import Tuned
+
+    return Tuned.read(path).all_liked()
 
 
 def _run(out: Path, config: dict[str, Any] | None, *, force: bool = False, as_json: bool) -> None:

@@ -276,6 +276,8 @@ def make_method(config: TrainConfig) -> Method:
             f"The method '{config.method}' has no '{next(iter(settings))}'.",
             remedy="Give keep= and at=, or method='fold'.",
         )
+    if config.liked is not None:
+        settings["liked"] = config.liked
     if "stats_batches" in found[0].Config.model_fields:
         settings["stats_batches"] = max(16, -(-N_STATS // config.batch_size))
     return found[0](**settings)
