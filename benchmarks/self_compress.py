@@ -157,6 +157,27 @@ def say(what: str, row: Row) -> None:
     )
 
 
+def account(ours: Sequence[Row], dense: Sequence[Row], fp32_bytes: int) -> Row:
+    """All seeds together."""
+    return {
+        **summary(ours),
+        "share_of_fp32": statistics.mean(row["coded_bytes"] for row in ours) / fp32_bytes,
+        "rows": list(ours),
+        "dense_accuracy_mean": statistics.mean(row["accuracy"] for row in dense) if dense else None,
+        "dense": list(dense),
+    }
+
+
+def joined(files: Sequence[Path]) -> Row:
+    """Results of the same settings on several seeds as one."""
+    found = [json.loads(path.read_text()) for path in files]
+    assert all(one["settings"] == found[0]["settings"] and one["steps"] == found[0]["steps"] for one in found)
+    ours = [row for one in found for row in one["rows"]]
+    dense = [row for one in found for row in one["dense"]]
+    more = {name: one[name] for one in found for name in ("variants", "paper_recipe") if one.get(name)}
+    return {**found[0], **account(ours, dense, found[0]["fp32_bytes"]), **more}
+
+
 def own_schedule(bed: Bed, args: argparse.Namespace) -> Bed:
     """The bed with the batches, steps and course of the learning rate that were asked for; of the same samples."""
     plan = paper.batched(bed, args.batch).schedule if args.batch else bed.schedule
@@ -174,7 +195,7 @@ def run(args: argparse.Namespace) -> Row:
         if (value := getattr(args, name)) is not None
     }
     dense, ours = [], []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         if not args.no_dense:
             dense.append(dense_row(dense_bed, seed, args.dense_steps or dense_bed.schedule.steps))
             say("dense", dense[-1])
@@ -188,12 +209,8 @@ def run(args: argparse.Namespace) -> Row:
         "batch": bed.schedule.batch,
         "flat": bed.schedule.flat,
         "settings": settings,
-        **summary(ours),
         "fp32_bytes": bed.fp32_bytes,
-        "share_of_fp32": statistics.mean(row["coded_bytes"] for row in ours) / bed.fp32_bytes,
-        "rows": ours,
-        "dense_accuracy_mean": statistics.mean(row["accuracy"] for row in dense) if dense else None,
-        "dense": dense,
+        **account(ours, dense, bed.fp32_bytes),
     }
     if args.variants:
         result["variants"] = {}
@@ -218,12 +235,14 @@ def paper_recipe(bed: Bed, args: argparse.Namespace, ours: Row) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bed", choices=NAMES, required=True)
+    parser.add_argument("--bed", choices=NAMES, default=NAMES[0])
     aim = parser.add_mutually_exclusive_group()
     aim.add_argument("--target", help="bytes of the file, such as '6.9 kB' or '1.5%%'")
     aim.add_argument("--strength", type=float, help="nats a bit")
     aim.add_argument("--max-accuracy-loss", type=float, help="points")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--join", type=Path, nargs="+", help="make one result of such files, and run nothing")
     parser.add_argument("--steps", type=int, help="of the compressed network; the bed's own by default")
     parser.add_argument("--batch", type=int, help="of the compressed network, with as many samples in all")
     parser.add_argument("--flat", type=float, help="share of its steps up to which the learning rate stays")
@@ -239,7 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = run(args)
+    result = joined(args.join) if args.join else run(args)
     result["machine"] = {
         "cores": os.cpu_count(),
         "threads": args.threads,
