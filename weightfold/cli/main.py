@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from weightfold.cli import bench, export, fold, ledger, lump, sharing, trace, train, tune
+from weightfold.cli import (
+    bench,
+    canon,
+    diff,
+    export,
+    fold,
+    inspect,
+    ledger,
+    lump,
+    merge,
+    same,
+    sharing,
+    trace,
+    train,
+    tune,
+)
 
 app = typer.Typer(
     name="weightfold",
@@ -24,6 +39,11 @@ app.command("lump")(lump.lump)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("tune")(tune.tune)
+app.command("inspect")(inspect.inspect)
+app.command("canon")(canon.canon)
+app.command("same")(same.same)
+app.command("diff")(diff.diff)
+app.command("merge")(merge.merge)
 app.add_typer(ledger.app, name="ledger")
 
 

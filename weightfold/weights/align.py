@@ -134,9 +134,23 @@ class _Work:
     b: dict[str, Tensor]
     orders: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    folded: bool = False
+
+    def places(self, group: Members) -> tuple[Slot, ...]:
+        """All that a group touches."""
+        return self.slots(group.slots if self.folded else graph_slots(self.found, group))
 
     def slots(self, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
         return tuple(s for s in slots if s.tensor in self.a)
+
+
+def align_tensors(
+    found: Symmetries, a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Align folded weights (`point`): the second's tensors in the first's basis, and the order of each group."""
+    work = _Work(found, dict(a), dict(b), folded=True)
+    _by_weights(work)
+    return work.b, work.orders
 
 
 # weight matching ------------------------------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ def _by_weights(work: _Work) -> int:
         settled.add(group.name)
     for sweep in range(1, MAX_SWEEPS + 1):
         _match_gains(work)
-        moved = [_match(work, group, work.slots(graph_slots(work.found, group))) for group in groups]
+        moved = [_match(work, group, work.places(group)) for group in groups]
         if not any(moved):
             return sweep
     return MAX_SWEEPS
@@ -165,12 +179,12 @@ def _with_streams(work: _Work, b: nn.Module, example: Example) -> tuple[_Work, i
         work.notes.append("no residual stream can be rotated: none is read through the scales of norms alone")
         return work, 0
     others = [g for g in in_reach(work.found) if g.name not in {s.name for s in groups}]
-    sweeps = 0
-    for sweeps in range(1, MAX_SWEEPS + 1):
+    sweeps, again = 0, True
+    while again and sweeps < MAX_SWEEPS:
+        sweeps += 1
         moved = [rotate_stream_(turned, group) for group in groups]
-        moved += [_match(turned, g, turned.slots(graph_slots(turned.found, g))) for g in others]
-        if not any(moved):
-            break
+        moved += [_match(turned, g, turned.places(g)) for g in others]
+        again = any(moved)
     if exact_error(b, loaded(b, turned.b), _lively_example(example)) <= EXACT:
         return turned, sweeps
     work.notes.append(
@@ -218,7 +232,7 @@ def in_reach(found: Symmetries) -> list[Members]:
 
 def _settled_slots(work: _Work, group: Members, settled: set[str]) -> tuple[Slot, ...]:
     """The slots of a group in tensors whose other dimensions are settled; all, if there are none."""
-    mine = work.slots(graph_slots(work.found, group))
+    mine = work.places(group)
     open_ = {
         s.tensor
         for other in work.found.members
@@ -248,7 +262,7 @@ def _match(work: _Work, group: Members, slots: tuple[Slot, ...]) -> bool:
     still = torch.equal(order, torch.arange(group.n)) and (flip is None or not bool(flip.any()))
     if still or not _gains(scores, order, signed is not None, flip):
         return moved
-    permute_(work.b, work.slots(graph_slots(work.found, group)), order)
+    permute_(work.b, work.places(group), order)
     so_far = work.orders.get(group.name, torch.arange(group.n))
     work.orders[group.name] = so_far[order]
     if signed is not None and flip is not None and bool(flip.any()):
@@ -394,7 +408,7 @@ def _match_blocks(work: _Work, group: Members, slots: tuple[Slot, ...]) -> bool:
     order = assign(scores, group.block)
     if torch.equal(order, torch.arange(group.n)) or not _gains(scores, order, False, None):
         return False
-    permute_(work.b, work.slots(graph_slots(work.found, group)), order)
+    permute_(work.b, work.places(group), order)
     work.orders[group.name] = work.orders.get(group.name, torch.arange(group.n))[order]
     for freedom in freedoms:
         _rotate_linear(work, freedom)
@@ -430,7 +444,7 @@ def _by_activations(work: _Work, a: nn.Module, b: nn.Module, found: Symmetries, 
             continue
         score, signed = scores[group.name], _signs(found, group)
         order = assign(score.abs() if signed is not None else score, group.block)
-        permute_(work.b, work.slots(graph_slots(found, group)), order)
+        permute_(work.b, work.places(group), order)
         work.orders[group.name] = order
         if signed is not None:
             flip = score[torch.arange(group.n), order] < 0
@@ -505,7 +519,7 @@ def _match_gains(work: _Work) -> None:
     """Give the scales of the second model's norms the signs of the first's, where readers can take the sign."""
     done: set[str] = set()
     for gain in work.found.gains:
-        if gain.weight in done:
+        if gain.weight in done or gain.weight not in work.a:
             continue
         done.add(gain.weight)
         flip = torch.where(work.a[gain.weight] * work.b[gain.weight] < 0, -1.0, 1.0)

@@ -287,7 +287,7 @@ def _round(
     even_new = 1.0 + 0.5 * torch.tanh(loud @ fixed(5, at, shape=(K, K)) + told)
     here = loud[table.unit] @ other
     bend = fixed(7, shape=(K,)) + told[table.unit]
-    mixed = u_odd @ mix
+    mixed = torch.where((table.kind == ROTATED)[:, None], u_odd, u_odd.asinh()) @ mix
     swell = 1.0 + 0.5 * torch.tanh(here)
     generic = torch.tanh(bend + mixed + here) * 1.3
     new = torch.where((table.kind == GENERIC)[:, None], generic, torch.tanh(mixed) * swell)
@@ -422,5 +422,6 @@ def _sketch(tensors: list[_Tensor], table: Nodes, odd: Tensor, even: Tensor) -> 
         else:
             a, b = tensor.value.reshape(-1)[:K] / tensor.norm, tensor.square.reshape(-1)[:K] / tensor.norm**2
             a, b = (torch.nn.functional.pad(v, (0, K - v.numel())) for v in (a, b))
+        a, b = a.asinh(), b.asinh()
         parts.append(torch.cat([a, b, torch.tensor([tensor.norm], dtype=torch.float64).log()]))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

@@ -36,7 +36,7 @@ def between(a: nn.Module, b: nn.Module, t: float = 0.5) -> nn.Module:
         GraphError: the architectures differ; says where.
     Example:
         >>> a, b = nn.Linear(1, 1), nn.Linear(1, 1)
-        >>> float(between(a, b).weight) == float((a.weight + b.weight) / 2)
+        >>> torch.equal(between(a, b).weight, torch.lerp(a.weight, b.weight, 0.5))
         True
     """
     one, two = weights_of(a), weights_of(b)
@@ -87,7 +87,7 @@ def path(
         >>> a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
         >>> with torch.no_grad():
         ...     _ = a.weight.fill_(-1), b.weight.fill_(1)
-        >>> path(a, b, lambda m: 1 - float(m.weight) ** 2, points=3).barrier
+        >>> path(a, b, lambda m: 1 - m.weight.item() ** 2, points=3).barrier
         1.0
     """
     at = [i / (points - 1) for i in range(points)]

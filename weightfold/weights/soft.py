@@ -131,7 +131,7 @@ def _edit_of(own: dict[str, Tensor], now: nn.Module, mine: ChannelGroup, other: 
         return edit.permute(other, assign(score.double(), other.block))
     cost = (one.square().sum(1)[:, None] - 2 * one @ two.T + two.square().sum(1)).clamp_min(0)
     plan = sinkhorn(cost, smoothing)
-    n, m = plan.shape
+    m = plan.shape[1]
     write = plan / plan.sum(1, keepdim=True)
     read = (plan / plan.sum(0, keepdim=True)).T.contiguous()
     return Edit(other.name, "soft", m, write.argmax(1), write=write, read=read)
