@@ -71,6 +71,7 @@ def make_card(
         license_name: of the model; never guessed.
     """
     facts = source.facts
+    beside = [exported.path.with_suffix(".bin")] if exported.path.suffix == ".xml" else []
     shapes = source.before.shapes
     held = unique_state(source.model)
     whole = sum(_elements(shape) for name, shape in shapes.items() if name not in source.before.aliases)
@@ -87,7 +88,8 @@ def make_card(
             "method": facts.get("method"),
             "weightfold": __version__,
         },
-        "file": {"bytes": exported.size_bytes, "sha256": _digest(exported.path), "runtime": exported.runtime},
+        "file": {"bytes": exported.size_bytes, "sha256": _digest(exported.path), "runtime": exported.runtime}
+        | ({"beside": {file.name: _digest(file) for file in beside}} if beside else {}),
         "sizes": {
             "parameters": parameters(source.model),
             "bytes": exported.size_bytes,
@@ -142,6 +144,7 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         f"| ledger head | {source['ledger_head'] or 'none: the model comes from no run'} |",
         f"| fingerprint of the weights | {source['fingerprint']} |",
         f"| sha256 of the file | {card['file']['sha256']} |",
+        *(f"| sha256 of {name} | {digest} |" for name, digest in card["file"].get("beside", {}).items()),
         f"| size | {sizes['bytes']:,} bytes, {100 * sizes['share_of_original']:.2f} % of the original in fp32 "
         f"({sizes['original_fp32_bytes']:,} bytes) |",
         f"| parameters | {sizes['parameters']:,} |",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file as load_file_tensors
 from safetensors.torch import save
 from torch import nn
 
@@ -18,6 +19,7 @@ from weightfold.artifact.packed import SUFFIX
 from weightfold.data import load_weights_
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export.blueprint import Blueprint, rebuild_, state_tensors
+from weightfold.export.embedded import PROGRAM, program_module
 from weightfold.fingerprint import fingerprint as model_fingerprint
 from weightfold.models import TaskSpec, build
 from weightfold.runtime import SUFFIXES, load_file
@@ -33,6 +35,7 @@ def save_model(
     builder: Builder,
     inputs: Sequence[Input] = (),
     ledger_head: str | None = None,
+    program: str | None = None,
 ) -> Structure:
     """Write a model as one safetensors file, at one stroke.
 
@@ -43,6 +46,7 @@ def save_model(
         builder: how that module is made.
         inputs: an example of what the model takes.
         ledger_head: hash of the last entry of the run's ledger.
+        program: the model's graph, with which the file can be loaded without the model's class; see `embedded`.
     Returns:
         structure: what the metadata of the file says.
     Raises:
@@ -50,7 +54,8 @@ def save_model(
     """
     structure = structure_of(model, before, builder, inputs, ledger_head)
     tensors = {n: t.detach().cpu().contiguous() for n, t in state_tensors(model).items() if n not in structure.aliases}
-    write_bytes(Path(path), save(tensors, metadata=to_metadata(structure)))
+    metadata = to_metadata(structure) | ({} if program is None else {PROGRAM: program})
+    write_bytes(Path(path), save(tensors, metadata=metadata))
     return structure
 
 
@@ -88,6 +93,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
         path: `model.safetensors`, a packed file `.wfp`, or the folder of a run that holds one; `.onnx`, `.pt2`, or the
             `.xml` of an OpenVINO IR.
         model: for a model that is not built in: an instance as it was made before any edit. It is changed in place.
+            Without one, a file that `weightfold export` wrote gives its graph as a module.
     Returns:
         model: a module on the CPU, in evaluation mode; for `.onnx` and `.xml` a `weightfold.runtime.Loaded`, which runs
             the file in its runtime and is called like the module.
@@ -121,6 +127,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
             f"The tensors in '{file}' do not have the fingerprint that its metadata gives: they were changed.",
             remedy="Copy or write it again.",
         )
+    if model is None and structure.builder.kind != "built-in" and PROGRAM in header.metadata:
+        tensors = load_file_tensors(file)
+        tensors |= {alias: tensors[name] for alias, name in structure.aliases.items()}
+        return program_module(header.metadata[PROGRAM], tensors, str(file))
     made = make(structure.builder, file) if model is None else model
     rebuild_(made, structure, str(file))
     load_weights_(made, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ RELATIVE = 1e-5
 def write(source: Source, path: Path) -> None:
     """Write the file."""
     program = to_program(source)
+    buffer = io.BytesIO()  # a file's own name would go into it
     with quiet():
-        torch.export.save(program, path)
+        torch.export.save(program, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def verify(source: Source, path: Path, tolerance: float | None = None) -> Exported:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +45,50 @@ def load_file(path: str | Path, *, threads: int | None = None) -> Any:
 
 
 def load_program(path: Path) -> Any:
-    """Load PyTorch's own exported program.
+    """Load PyTorch's own exported program; a file that would run code of its own is refused.
 
     Raises:
-        ArtifactError: the file is missing or cannot be read.
+        ArtifactError: the file is missing, holds compiled or pickled code, or cannot be read.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"There is no model file '{path}'.", remedy="Check the path.")
+    return program_of(path.read_bytes(), str(path))
+
+
+def program_of(data: bytes, where: str) -> Any:
+    """Load the bytes of an exported program; see `load_program`.
+
+    Args:
+        where: the file, for errors.
     """
     import torch
 
-    if not path.is_file():
-        raise ArtifactError(f"There is no model file '{path}'.", remedy="Check the path.")
     try:
-        with quiet():
-            return torch.export.load(path)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            compiled = [name for name in archive.namelist() if name.endswith((".so", ".cpp", ".dll", ".dylib"))]
+        if not compiled:
+            with quiet(), _without_pickled_code():
+                return torch.export.load(io.BytesIO(data))
     except Exception as error:  # a broken program fails in many ways
-        text = str(error).strip().partition("\n")[0]
-        raise ArtifactError(f"torch.export.load cannot read '{path}': {text}", remedy="Write it again.") from error
+        text = str(error).strip().partition("\n")[0][:200]
+        raise ArtifactError(f"The program in '{where}' cannot be read: {text}", remedy="Write it again.") from error
+    raise ArtifactError(
+        f"'{where}' holds compiled code ('{compiled[0]}'), which is not run.", remedy="Export it from its model."
+    )
+
+
+@contextmanager
+def _without_pickled_code() -> Iterator[None]:
+    """Have `torch.load` read tensors and plain data alone: the loader of programs would fall back to any pickle."""
+    import torch
+
+    original = torch.load
+
+    def plain(*args: Any, **named: Any) -> Any:
+        return original(*args, **{**named, "weights_only": True})
+
+    torch.load = plain
+    try:
+        yield
+    finally:
+        torch.load = original
