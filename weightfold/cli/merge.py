@@ -87,16 +87,18 @@ def _merged(
     """The merged model, and its parents in one basis."""
     from weightfold.weights import merge as ways
     from weightfold.weights.align import align
+    from weightfold.weights.canon import balanced
     from weightfold.weights.soft import soft
 
     if any(g.verdict == "softly" for g in gates):
-        basis = [networks[0], *(soft(networks[0], m, inputs) for m in networks[1:])]
+        evened = [balanced(m, inputs) for m in networks]
+        basis = [evened[0], *(soft(evened[0], m, inputs) for m in evened[1:])]
     elif base is not None:
         basis = [align(base, m, inputs).model for m in networks]
     elif all(g.verdict == "as they are" for g in gates):
         basis = networks
     else:
-        basis = ways.align_all(networks, inputs)
+        basis = ways.align_all([balanced(m, inputs) for m in networks], inputs)
     if base is None:
         return ways.average(basis), basis
     if method == "ties":

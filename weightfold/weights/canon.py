@@ -70,16 +70,42 @@ def canonical(
     marks, seen = _marks(found, where)
     flip_signs_(where, seen)
     twin = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, value in _restored(where, state).items():
-            old = find_tensor(twin, name)[2]
-            put_tensor(old, value.to(old.dtype).to(old.device))
+    _load_(twin, _restored(where, state))
     graph = found.graph
     for group in sorted(found.members, key=lambda m: m.kind == "blocks"):
         order = _order(group, seen, marks.get(group.name))
         if group.free and not torch.equal(order, torch.arange(group.n)):
             graph, _ = apply(twin, graph, edits.permute(graph[group.name], order))
     return twin
+
+
+def balanced(model: nn.Module, example: Example, *, found: Symmetries | None = None) -> nn.Module:
+    """Bring a model to the least norm of its orbit, its channels in their own order: the gauge to average weights in.
+
+    A network with batch norms is left as it is: their statistics set the scales.
+
+    Returns:
+        A copy, in eval mode, that computes the same.
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> twin = balanced(net, torch.zeros(1, 4))
+        >>> inward = torch.cat([twin[0].weight, twin[0].bias[:, None]], 1).norm(dim=1)
+        >>> bool(torch.allclose(inward, twin[2].weight.norm(dim=0), rtol=1e-4))
+        True
+    """
+    found = symmetries(model, example) if found is None else found
+    twin = copy.deepcopy(model).eval()
+    if not found.norms:
+        state = model.state_dict()
+        _load_(twin, _restored(point(found, state, centre_logits=False), state))
+    return twin
+
+
+@torch.no_grad()
+def _load_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        old = find_tensor(model, name)[2]
+        put_tensor(old, value.to(old.dtype).to(old.device))
 
 
 def semantic_hash(

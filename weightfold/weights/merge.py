@@ -183,7 +183,7 @@ def regmean(models: Sequence[nn.Module], grams: Sequence[Mapping[str, Tensor]], 
         raise ConfigError(f"There are {len(states)} models and {len(grams)} sets of Gram matrices.")
     out = {n: torch.stack([s[n].double() for s in states]).mean(0) for n in states[0]}
     for layer in grams[0]:
-        name = f"{layer}.weight"
+        name = f"{layer}.weight".lstrip(".")
         shrunk = [shrink * g[layer] + (1 - shrink) * torch.diag(g[layer].diagonal()) for g in grams]
         total = sum(shrunk, torch.zeros_like(shrunk[0]))
         ridge = 1e-8 * float(total.diagonal().mean()) + 1e-30
