@@ -4,10 +4,10 @@
 
 Each network is trained (or taken trained), folded to widths that convolution kernels like, and trained on with
 self-compression, which leaves whole numbers of few bits; the dense one is trained on for as many steps. Both are
-written as ONNX, the dense one also by ONNX Runtime's own static 8-bit quantisation, calibrated on the same inputs, with signed
-and with unsigned activations: the quicker one counts. All files are then timed in turns on one thread, warm, in one
-process. A network without training data here (`bert`, `resnet9`) has random weights: its times count, its accuracy is
-null. Trainings are short, so that a shared machine can do them; what they reach is stated with each row.
+written as ONNX, the dense one also by ONNX Runtime's own static 8-bit quantisation, calibrated on the same inputs,
+with signed and unsigned activations: the quicker one counts. All files are then timed in turns on one thread, warm,
+in one process. A network without training data here (`bert`, `resnet9`) has random weights: its times count,
+its accuracy is null. Trainings are short, for a shared machine; what they reach is stated with each row.
 
     rows    model, target, batch, dense_ms, compressed_ms, ort_int8_ms, bytes, fp32_bytes, accuracy_delta
 

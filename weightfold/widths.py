@@ -61,6 +61,16 @@ class Grid:
         """The allowed width nearest to a wished one; of two equally near, the wider."""
         return min(self.widths(group), key=lambda w: (round(abs(w - width), 9), -w))
 
+    def above(self, group: ChannelGroup, width: int) -> int:
+        """The narrowest allowed width that holds so many channels: where what must stay is known, the rest is free.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> Grid(liked={"a": [64, 48, 32]}).above(SimpleNamespace(name="a", n_channels=64, block=None), 37)
+            48
+        """
+        return min(w for w in self.widths(group) if w >= width)
+
     def given(self, group: ChannelGroup, width: int) -> int:
         """Check a width that the user gave.
 
