@@ -19,7 +19,7 @@ Reference: Weisfeiler & Leman 1968 (colour refinement); Lim et al. 2023, arXiv 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -71,6 +71,31 @@ class _Layer:
 
     node: Tensor
     code: Tensor
+
+    @cached_property
+    def held(self) -> Tensor:
+        """Whether anything stands at each position."""
+        return self.node >= 0
+
+    @cached_property
+    def at(self) -> Tensor:
+        """Positions where something stands."""
+        return self.held.nonzero().flatten()
+
+    @cached_property
+    def who(self) -> Tensor:
+        """Its node there."""
+        return self.node[self.at]
+
+    @cached_property
+    def how(self) -> Tensor:
+        """Its weight number there."""
+        return self.code[self.at]
+
+    @cached_property
+    def slots(self) -> int:
+        """Positions a node, on average."""
+        return max(1, len(self.at) // max(1, torch.unique(self.who).numel()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,14 +325,18 @@ def _slabs(tensor: _Tensor, table: Nodes, dim: int) -> int:
 
 def _at(table: Nodes, key: tuple[str, int, int], values: Tensor, codes: Tensor, base: Tensor, by_unit: bool) -> Tensor:
     """Numbers at each position: the product over the kinds of member that stand there; ``base`` elsewhere."""
-    out = torch.ones_like(base)
-    held = torch.zeros(len(base), dtype=torch.bool)
-    for layer in table.layers.get(key, ()):
-        have = layer.node >= 0
-        node = layer.node[have]
-        out[have] = out[have] * values[table.unit[node] if by_unit else node] * codes[layer.code[have]]
-        held |= have
-    return torch.where(held[:, None], out, base)
+    stack = table.layers.get(key, ())
+    if not stack:
+        return base
+    out = base.clone()
+    for number, layer in enumerate(stack):
+        who = table.unit[layer.who] if by_unit else layer.who
+        new = values[who] * codes[layer.how]
+        if number:
+            earlier = torch.stack([other.held for other in stack[:number]]).any(0)[layer.at]
+            new = torch.where(earlier[:, None], out[layer.at] * new, new)
+        out[layer.at] = new
+    return out
 
 
 def _sides(tensor: _Tensor, table: Nodes, odd: Tensor, even: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -359,19 +388,17 @@ def _collect(
     """Add what reaches positions to their nodes, weighted by what else stands there."""
     stack = table.layers[key]
     for layer in stack:
-        have = layer.node >= 0
-        a, b = reach_odd[have] * table.signed[layer.code[have]], reach_even[have] * table.positive[layer.code[have]]
+        a, b = reach_odd[layer.at] * table.signed[layer.how], reach_even[layer.at] * table.positive[layer.how]
         for other in stack:
             if other is layer:
                 continue
-            both = other.node[have] >= 0
-            node = other.node[have].clamp_min(0)
-            code = other.code[have].clamp_min(0)
+            both = other.held[layer.at]
+            node = other.node[layer.at].clamp_min(0)
+            code = other.code[layer.at].clamp_min(0)
             a = torch.where(both[:, None], a * odd[node] * table.signed[code], a)
             b = torch.where(both[:, None], b * even[table.unit[node]] * table.positive[code], b)
-        slots = max(1, int(have.sum()) // max(1, torch.unique(layer.node[have]).numel()))
-        u_odd.index_add_(0, layer.node[have], a / slots**0.5)
-        u_even.index_add_(0, layer.node[have], b / slots)
+        u_odd.index_add_(0, layer.who, a / layer.slots**0.5)
+        u_even.index_add_(0, layer.who, b / layer.slots)
 
 
 def _prepared(point: Point, table: Nodes) -> list[_Tensor]:

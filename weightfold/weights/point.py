@@ -22,7 +22,7 @@ from weightfold.errors import GraphError
 from weightfold.graph.layout import from_front, to_front
 from weightfold.weights.symmetry import Freedom, Gain, Norm, Slot, Symmetries
 
-SWEEPS, NEWTON_STEPS = 6, 40
+SWEEPS, NEWTON_STEPS = 3, 60
 LEAST = 1e-13
 """Share of the squared norm that counts as no slope."""
 
@@ -362,7 +362,7 @@ def _conjugate(times: Callable[[Tensor], Tensor], right: Tensor, scale: Tensor) 
     p, rz = z.clone(), float(r @ z)
     first = rz
     for _ in range(300):
-        if rz <= 1e-24 * first or rz == 0:
+        if rz <= 1e-10 * first or rz == 0:
             break
         hp = times(p)
         curve = float(p @ hp)
