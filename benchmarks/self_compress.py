@@ -6,7 +6,7 @@ Beds and their schedules are in `compress_beds.py`. For each seed a dense networ
 itself (on the same schedule, unless --steps, --batch or --flat say otherwise); the file is written, read back and
 compared bit for bit, and its bytes are those of the file system. `--paper` adds the recipe of Cséfalvay & Imber at the
 accuracy that ours has reached (the largest γ that keeps it, by bisection on the first seed, then all seeds with it).
-`--variants` adds runs with one part left out.
+`--variants` adds runs with one part left out, and one with all.
 
 Sizes: `coded_bytes` is the file, entropy-coded; `packed_bytes` the same with codes packed end to end; both with all
 side information. `weights_kept` is the share of the original weights that are not zero. Seconds are of the processor.
@@ -46,6 +46,7 @@ from weightfold.methods.self_compress import SelfCompress
 Row = dict[str, Any]
 
 VARIANTS: dict[str, Mapping[str, Any]] = {
+    "all of it": {},
     "bit widths not learned": {"bits_lr": 0.0},
     "nothing is cut out": {"remove": False},
     "cut at the first look": {"dwell": 1},
@@ -211,15 +212,25 @@ def run(args: argparse.Namespace) -> Row:
         "settings": settings,
         "fp32_bytes": bed.fp32_bytes,
         **account(ours, dense, bed.fp32_bytes),
+        "paper_recipe": None,
     }
+    return result
+
+
+def with_more(result: Row, args: argparse.Namespace) -> Row:
+    """The variants and the published recipe beside a result, if they were asked for."""
+    dense_bed = open_bed(args.bed, args.shared, tune=args.tune, cache=args.cache)
+    bed = own_schedule(dense_bed, args)
     if args.variants:
-        result["variants"] = {}
+        result["variants"] = {"steps": bed.schedule.steps}
         for name, changed in VARIANTS.items():
-            rows = [compressed_row(bed, seed, steps, {**settings, **changed}) for seed in range(args.variants)]
+            settings = {**result["settings"], **changed}
+            rows = [compressed_row(bed, seed, bed.schedule.steps, settings) for seed in range(args.variants)]
             for row in rows:
                 say(name, row)
             result["variants"][name] = {**summary(rows), "settings": dict(changed)}
-    result["paper_recipe"] = paper_recipe(dense_bed, args, result) if args.paper else None
+    if args.paper:
+        result["paper_recipe"] = paper_recipe(dense_bed, args, result)
     return result
 
 
@@ -242,7 +253,7 @@ def main() -> None:
     aim.add_argument("--max-accuracy-loss", type=float, help="points")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--join", type=Path, nargs="+", help="make one result of such files, and run nothing")
+    parser.add_argument("--join", type=Path, nargs="+", help="make one result of such files")
     parser.add_argument("--steps", type=int, help="of the compressed network; the bed's own by default")
     parser.add_argument("--batch", type=int, help="of the compressed network, with as many samples in all")
     parser.add_argument("--flat", type=float, help="share of its steps up to which the learning rate stays")
@@ -258,7 +269,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = joined(args.join) if args.join else run(args)
+    result = with_more(joined(args.join) if args.join else run(args), args)
     result["machine"] = {
         "cores": os.cpu_count(),
         "threads": args.threads,
