@@ -138,6 +138,13 @@ def test_wrong_requests_are_refused() -> None:
         tune(source(), groups=["layer"])
 
 
+@pytest.fixture
+def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure three widths of a group."""
+    monkeypatch.setattr(importlib.import_module("weightfold.bench.tune"), "POINTS", 3)
+
+
+@pytest.mark.usefixtures("few_points")
 def test_tuning_measures_every_group_and_leaves_the_network_alone() -> None:
     made = source()
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
@@ -166,6 +173,7 @@ def test_a_plan_is_measured_before_anything_changes(monkeypatch: pytest.MonkeyPa
     assert made.model.layers[0].out_features == 24
 
 
+@pytest.mark.usefixtures("few_points")
 def test_from_the_command_line(tmp_path: Path) -> None:
     run = CliRunner().invoke
     arguments = ["bench", "mlp", "--example", "1x8", "--engine", "onnx", "--seconds", "0.01", "--no-memory", "--json"]
