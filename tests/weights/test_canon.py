@@ -175,3 +175,39 @@ def test_foreign_and_broken_weights_are_refused() -> None:
         hash_of(found, {**state, "0.bias": torch.full((8,), float("nan"))})
     with pytest.raises(ArtifactError, match="no semantic hash"):
         same_hash("wf1-nonsense", semantic_hash(net, torch.zeros(1, 4)))
+
+
+def test_no_pair_is_judged_wrongly() -> None:
+    """Trained networks, each in disguises of wide scales, against all others and against itself one step later."""
+    import torch.nn.functional as F
+
+    def make(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return nn.Sequential(
+                *(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+                *(nn.Flatten(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 5)),
+            )
+
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    y = x[:, :5].argmax(1)
+    found, texts = symmetries(make(0), x), []
+    for seed in range(8):
+        model = make(seed)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        model.eval()
+        texts.append(semantic_hash(model, x, found=found))
+        for spread in (0.0, 1.0, 2.0, 3.0):
+            generator = torch.Generator().manual_seed(seed)
+            twin = disguise(model, x, generator, spread=spread, shift_logits=True, found=found)
+            assert same_hash(texts[-1], semantic_hash(twin, x, found=found))
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert not same_hash(texts[-1], semantic_hash(model, x, found=found))
+    assert not any(same_hash(a, b) for i, a in enumerate(texts) for b in texts[:i])

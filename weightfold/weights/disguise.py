@@ -30,7 +30,7 @@ def disguise(
     Args:
         generator: draws everything.
         spread: standard deviation of the log of scales; 0 leaves scales, and mixtures, alone.
-        shift_logits: also add the same random row to all classes of a head: the softmax stays.
+        shift_logits: also add the same random row, as large as the weights, to all classes of a head.
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> twin = disguise(net, torch.zeros(1, 4), torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def disguise(
     for weight, bias in found.heads if shift_logits else ():
         for tensor in (find_tensor(twin, name)[2] for name in (weight, bias) if name is not None):
             row = torch.randn(tensor.shape[1:], generator=generator).to(tensor)
-            tensor += row * tensor.square().mean().sqrt()
+            tensor += row * tensor.square().mean(0).sqrt()
     return twin
 
 
