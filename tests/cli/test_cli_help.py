@@ -16,7 +16,8 @@ OPTIONS = (
     *("--at", "--out", "--resume", "--device", "--threads", "--no-dense", "--force", "--json", "--debug"),
 )
 VERBS = ("show", "explain", "timeline", "verify", "replay", "undo", "diff")
-COMMANDS = ("trace", "sharing", "train", "fold", "export", "ledger", *(f"ledger {verb}" for verb in VERBS))
+WEIGHTS = ("inspect", "canon", "same", "diff", "merge")
+COMMANDS = ("trace", "sharing", "train", "fold", "export", *WEIGHTS, "ledger", *(f"ledger {verb}" for verb in VERBS))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
