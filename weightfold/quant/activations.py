@@ -93,6 +93,10 @@ class _Input:
     bits: Tensor
     signed: bool
 
+    def whole_bits(self) -> Tensor:
+        """The width that is used, with the gradient of the one that is learned."""
+        return self.bits + (torch.round(self.bits.detach()) - self.bits.detach())
+
 
 class Activations:
     """Learned grids at the inputs of layers, by hooks; gradients reach layers below unchanged where nothing clips.
@@ -150,7 +154,7 @@ class Activations:
         Args:
             weight_bits: mean bits of each layer's weights, by path.
         """
-        parts = [n * weight_bits[path] * self._inputs[path].bits for path, n in self.macs.items()]
+        parts = [n * weight_bits[path] * self._inputs[path].whole_bits() for path, n in self.macs.items()]
         return torch.stack(parts).sum() / self._full
 
     def learn(self, ranks: Ranks, scale: float, pace: float) -> None:
