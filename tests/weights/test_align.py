@@ -11,11 +11,12 @@ from torch import nn
 
 from weightfold.errors import ConfigError, DataError, GraphError
 from weightfold.models import build
-from weightfold.weights.align import align, assign, exact_error
+from weightfold.weights.align import align, exact_error
 from weightfold.weights.compare import differences
 from weightfold.weights.disguise import disguise
 from weightfold.weights.soft import sinkhorn, soft
 from weightfold.weights.symmetry import symmetries
+from weightfold.weights.work import assign
 
 from .conftest import IMAGES, TEXT, Made, lively
 

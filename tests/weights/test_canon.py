@@ -211,3 +211,30 @@ def test_no_pair_is_judged_wrongly() -> None:
         optimizer.step()
         assert not same_hash(texts[-1], semantic_hash(model, x, found=found))
     assert not any(same_hash(a, b) for i, a in enumerate(texts) for b in texts[:i])
+
+
+def test_the_hash_is_the_same_in_every_process() -> None:
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = (
+        "from weightfold.models import *\n"
+        "from weightfold.weights.canon import semantic_hash\n"
+        "task = TaskSpec(input=TextInput(vocab=20, context=8), output=NextToken(vocab=20))\n"
+        "print(semantic_hash(build('char-gpt', task, depth=1, width=16, num_heads=2), task.example()))"
+    )
+    root = Path(__file__).parents[2]
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1
+    assert texts.pop().startswith("wf1-")

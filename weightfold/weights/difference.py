@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.graph.trace import Example
-from weightfold.weights.align import align_tensors, rows_float
+from weightfold.weights.align import align_tensors
 from weightfold.weights.compare import require_alike, weights_of
 from weightfold.weights.point import point
 from weightfold.weights.symmetry import Members, Symmetries, symmetries
+from weightfold.weights.work import rows_float
 
 
 @dataclass(frozen=True)

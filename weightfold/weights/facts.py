@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.graph.trace import Example
-from weightfold.weights.align import rows_float
 from weightfold.weights.canon import hash_of
 from weightfold.weights.point import Point, point
 from weightfold.weights.spectra import Spectrum, spectra
 from weightfold.weights.symmetry import Members, Symmetries, symmetries
+from weightfold.weights.work import rows_float
 
 ALIKE = 0.999
 """Cosine of incoming weights above which two channels count as alike."""

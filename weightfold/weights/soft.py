@@ -25,9 +25,9 @@ from weightfold.graph import ChannelGraph, ChannelGroup, edit, trace
 from weightfold.graph.apply import apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.trace import Example, structural_copy
-from weightfold.weights.align import assign, in_reach, rows_float
 from weightfold.weights.compare import differences, weights_of
 from weightfold.weights.symmetry import Slot, Symmetries, symmetries
+from weightfold.weights.work import assign, in_reach, rows_float
 
 ITERATIONS = 300
 

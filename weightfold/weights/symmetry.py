@@ -270,9 +270,9 @@ def _is_linear(group: ChannelGroup, gauge: Gauge, shapes: Mapping[str, tuple[int
     sides = [{t for t, _, _, e, _ in gauge.axes if e * side > 0} for side in (1, -1)]
     matrices = all(any(len(shapes[t]) > 1 for t in side) for side in sides)
     vectors = {t for t, *_ in gauge.axes if len(shapes[t]) == 1}
-    weights = {t.replace("bias", "weight") for t in vectors}
     whole = bool(all(s == 1 for _, _, s, _, _ in gauge.axes))
-    paired = all(w != v and any(w == t for t, *_ in gauge.axes) for w, v in zip(weights, vectors, strict=False))
+    named = {t for t, *_ in gauge.axes}
+    paired = all("bias" in v and v.replace("bias", "weight") in named for v in vectors)
     return signed and mine == every and matrices and whole and paired
 
 
