@@ -131,3 +131,22 @@ def test_what_differs_is_said() -> None:
         align(a, a, example, method="activations")
     with pytest.raises(ConfigError, match="'weights' or 'activations'"):
         align(a, a, example, method="weight")  # type: ignore[arg-type]
+
+
+def test_free_signs_of_a_part_of_each_channel_are_found() -> None:
+    """In silu(gate) * up only the sign of `up` is free."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    model, example = Gated(), torch.randn(3, 6)
+    other = disguise(model, example, torch.Generator().manual_seed(0), spread=0)
+    turned = align(model, other, example)
+    assert turned.cosine_before < 0.9
+    assert turned.cosine_after > 0.9999
+    assert exact_error(other, turned.model, example) < 1e-5

@@ -43,7 +43,7 @@ from weightfold.weights.rotate import (
     sides_of,
     streams,
 )
-from weightfold.weights.symmetry import Members, Slot, Symmetries, lively_input, symmetries
+from weightfold.weights.symmetry import Freedom, Members, Slot, Symmetries, lively_input, symmetries
 from weightfold.weights.work import (
     Work,
     assign,
@@ -51,6 +51,7 @@ from weightfold.weights.work import (
     in_reach,
     multiply_signs_,
     permute_,
+    rows_float,
     scores_of,
     signs_of,
     tensors_of,
@@ -228,31 +229,46 @@ def _match(work: Work, group: Members, slots: tuple[Slot, ...]) -> bool:
         moved |= rotate_linear(work, freedom)
     if bool(rotated.all()):
         return moved
-    signed = signs_of(work.found, group)
-    scores = scores_of(work, slots, group.n)
-    order, flip = assign(scores.abs() if signed is not None else scores, group.block, ~rotated), None
-    if signed is not None:
-        flip = scores[torch.arange(group.n), order] < 0
-    still = torch.equal(order, torch.arange(group.n)) and (flip is None or not bool(flip.any()))
-    if still or not _gains(scores, order, signed is not None, flip, work.least):
+    scores, parts = _signed_scores(work, group, slots)
+    order = assign(scores, group.block, ~rotated)
+    place = torch.arange(group.n)
+    flips = [(f, part[f.channel, order[f.channel]] < 0) for f, part in parts]
+    still = torch.equal(order, place) and not any(bool(flip.any()) for _, flip in flips)
+    lost = sum(float((part.abs() - part).diagonal().sum()) for _, part in parts)
+    if still or not _gains(scores, order, lost, work.least):
         return moved
     permute_(work.b, work.places(group), order)
-    so_far = work.orders.get(group.name, torch.arange(group.n))
-    work.orders[group.name] = so_far[order]
-    if signed is not None and flip is not None and bool(flip.any()):
-        factor = torch.where(flip[signed.channel], -1.0, 1.0).double()
-        multiply_signs_(work.b, signed, factor)
+    work.orders[group.name] = work.orders.get(group.name, place)[order]
+    for freedom, flip in flips:
+        if bool(flip.any()):
+            multiply_signs_(work.b, freedom, torch.where(flip, -1.0, 1.0).double())
     return True
 
 
-def _gains(scores: Tensor, order: Tensor, signed: bool, flip: Tensor | None, least: float) -> bool:
-    """Whether the new order scores more than the present one, rounding apart."""
-    n = len(order)
-    now = scores.diagonal()
-    then = scores[torch.arange(n), order]
-    if signed and flip is not None:
-        then = then.abs()
-    return float(then.sum() - now.sum()) > least * float(scores.abs().amax(1).sum() + 1e-300)
+def _signed_scores(work: Work, group: Members, slots: tuple[Slot, ...]) -> tuple[Tensor, list[tuple[Freedom, Tensor]]]:
+    """Scores with every free sign at its best, and the share of each freedom in them, its signs as they are."""
+    scores = scores_of(work, slots, group.n)
+    seen = {(s.tensor, s.dim) for s in slots}
+    parts = []
+    for freedom in work.found.freedoms:
+        once = torch.unique(freedom.channel).numel() == freedom.channel.numel()
+        if freedom.kind != "sign" or freedom.group != group.name or group.kind != "channels" or not once:
+            continue
+        part = torch.zeros_like(scores)
+        for slot in work.slots((*freedom.plus, *freedom.minus)):
+            if (slot.tensor, slot.dim) in seen:
+                product = rows_float(work.a, slot) @ rows_float(work.b, slot).T
+                part[freedom.channel[:, None], freedom.channel] += product.double()
+        scores = scores + part.abs() - part
+        parts.append((freedom, part))
+    return scores, parts
+
+
+def _gains(scores: Tensor, order: Tensor, lost: float, least: float) -> bool:
+    """Whether the new order, and new signs, score more than what is; ``lost``: what the present signs cost."""
+    then = scores[torch.arange(len(order)), order].sum()
+    now = scores.diagonal().sum() - lost
+    return float(then - now) > least * float(scores.abs().amax(1).sum() + 1e-300)
 
 
 def _match_blocks(work: Work, group: Members, slots: tuple[Slot, ...]) -> bool:
@@ -271,7 +287,7 @@ def _match_blocks(work: Work, group: Members, slots: tuple[Slot, ...]) -> bool:
     if not freedoms:
         scores = scores_of(work, slots, group.n)
     order = assign(scores, group.block)
-    if torch.equal(order, torch.arange(group.n)) or not _gains(scores, order, False, None, work.least):
+    if torch.equal(order, torch.arange(group.n)) or not _gains(scores, order, 0.0, work.least):
         return False
     permute_(work.b, work.places(group), order)
     work.orders[group.name] = work.orders.get(group.name, torch.arange(group.n))[order]
