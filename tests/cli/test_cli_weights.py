@@ -92,6 +92,18 @@ def test_merge_says_no_and_yes(cli: Run, files: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no.safetensors").exists()
 
 
+def test_merge_repairs_scores_and_draws(cli: Run, files: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    out, plot = tmp_path / "merged.safetensors", tmp_path / "path.svg"
+    take = ("--model", "lenet5", "--data", "digits", "--repair", "--force", "--json", "--out", out, "--plot", plot)
+    done = cli("merge", files / "a.safetensors", files / "twin.safetensors", *take)
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert abs(facts["barriers"]["aligned"]) < 1e-4
+    assert facts["scores"].keys() == {"first", "merged"}
+    assert plot.read_text().startswith("<svg")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -28,6 +28,9 @@ def merge(
     strength: Annotated[float, typer.Option(help="Factor of the changes, with a base.")] = 1.0,
     repair: Annotated[bool, typer.Option("--repair", help="Repair the merged model on inputs of --data.")] = False,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Inputs for repair, and scores.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the loss between the first two, before and after.")
+    ] = None,
     example: Shapes = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Merge although the gate says no.")] = False,
@@ -45,8 +48,10 @@ def merge(
         raise ConfigError(f"There is no method '{method}'.", remedy=f"Choose one of {', '.join(METHODS)}.")
     if method != "average" and base is None:
         raise ConfigError(f"'{method}' needs what the models were fine-tuned from.", remedy="Pass --base.")
-    if repair and data is None:
-        raise ConfigError("Repair needs inputs.", remedy="Pass --data.")
+    if (repair or plot is not None) and data is None:
+        raise ConfigError("Repair and plots need inputs.", remedy="Pass --data.")
+    if plot is not None and out is None:
+        raise ConfigError("A plot is drawn of what was merged.", remedy="Pass --out.")
     opened = [open_one(spec, model, example, data) for spec in models]
     networks, inputs = [m for m, _ in opened], opened[0][1]
     gates = [gate(networks[0], other, inputs) for other in networks[1:]]
@@ -57,6 +62,8 @@ def merge(
         generator = torch.Generator().manual_seed(seed)
         merged, basis = _merged(networks, gates, inputs, method, start, strength, generator)
         told |= _finished(merged, basis, data, repair=repair)
+        if plot is not None and data is not None:
+            told["barriers"] = _drawn(networks, basis, data, plot)
         from safetensors.torch import save_file
 
         save_file({n: t.contiguous().clone() for n, t in told.pop("model").state_dict().items()}, out)
@@ -129,6 +136,26 @@ def _finished(merged: nn.Module, basis: list[nn.Module], data: str | None, *, re
     return {"model": merged, "scores": {n: {"loss": s.loss, "score": s.value} for n, s in scores.items()}}
 
 
+def _drawn(networks: list[nn.Module], basis: list[nn.Module], data: str, plot: Path) -> dict[str, float]:
+    """Draw the validation loss along both straight paths; the barrier of each that has one shape."""
+    import torch
+
+    from weightfold.data import load
+    from weightfold.training.measure import evaluate
+    from weightfold.weights import path as paths
+    from weightfold.weights.compare import differences, weights_of
+
+    loaded = load(data)
+    ends = {"as stored": networks[:2], "aligned": basis[:2]}
+    lines = {
+        name: paths.path(a, b, lambda m: evaluate(m.eval(), loaded, "val", torch.device("cpu")).loss)
+        for name, (a, b) in ends.items()
+        if not differences(weights_of(a), weights_of(b))
+    }
+    plot.write_text(paths.plot(lines, unit="validation loss"), encoding="utf-8")
+    return {name: line.barrier for name, line in lines.items()}
+
+
 def _print(told: dict[str, Any], models: list[str]) -> None:
     console = show.console()
     for spec, found in zip(models[1:], told["gates"], strict=True):
@@ -137,5 +164,7 @@ def _print(told: dict[str, Any], models: list[str]) -> None:
             console.print(f"  - {show.plain(reason)}")
     for name, score in told.get("scores", {}).items():
         console.print(f"{name}: loss {score['loss']:.4f}, score {score['score']:.4f}")
+    for name, barrier in told.get("barriers", {}).items():
+        console.print(f"barrier {name}: {barrier:.4f}")
     if "out" in told:
         console.print(f"wrote {show.plain(told['out'])}")
