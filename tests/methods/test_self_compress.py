@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from weightfold.artifact import Builder
 from weightfold.compressor import Compressor
+from weightfold.errors import ConfigError
 from weightfold.export import Blueprint, Source, load_packed, save_packed
 from weightfold.fingerprint import fingerprint
 from weightfold.methods.fold import Fold
@@ -248,6 +249,18 @@ def test_channels_are_cut_in_both_layers_and_the_network_works() -> None:
     assert all(abs(e.measured or 0.0) < 1e-5 for e in c.events), "nothing changes when a channel goes"
     x, y = quadrants(1, 5, 2000)[0]
     assert float((net(x).argmax(1) == y).float().mean()) > 0.8
+
+
+def test_only_widths_that_the_target_likes() -> None:
+    free, _ = run(method(strength=STRONG))
+    assert free.graph["0"].n_channels not in (22, 16, 12)
+    chosen = method(strength=STRONG, liked={"0": [22, 16, 12]})
+    c, net = run(chosen)
+    assert net[0].out_features in (22, 16, 12)
+    assert net[0].out_features >= free.graph["0"].n_channels
+    assert all(abs(e.measured or 0.0) < 1e-5 for e in c.events)
+    with pytest.raises(ConfigError, match="name no group '9'"):
+        run(method(liked={"9": [4]}))
 
 
 def test_what_trains_is_what_is_written() -> None:

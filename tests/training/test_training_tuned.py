@@ -33,6 +33,10 @@ def test_an_event_in_training_keeps_to_liked_widths(method: str, tmp_path: Path)
     assert widths["fc2"] == 42
 
 
-def test_other_methods_take_no_table() -> None:
-    with pytest.raises(ConfigError, match="methods 'fold' and 'prune'"):
-        TrainConfig(method="self_compress", liked={"fc1": [8]})
+def test_a_table_of_another_network_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data="digits", limit=200, model="lenet5", method="self_compress", epochs=1, dense=False, liked={"fc9": [8]}
+    )
+    with pytest.raises(ConfigError, match="name no group 'fc9'"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

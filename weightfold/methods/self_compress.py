@@ -38,18 +38,20 @@ from weightfold.artifact.packed import promised_bytes
 from weightfold.artifact.packed_header import expected_attributes, in_order
 from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError
-from weightfold.gate import call, losses, probing
+from weightfold.gate import losses
 from weightfold.graph.edit import Edit, remove
 from weightfold.graph.group import ChannelGroup
-from weightfold.methods.base import Method, Moment, Proposal
-from weightfold.quant.activations import Activations, Grid
+from weightfold.methods.base import Method, Moment, Proposal, check_liked
+from weightfold.quant.activations import Activations
+from weightfold.quant.activations import Grid as InputGrid
 from weightfold.quant.attached import plain_copy
-from weightfold.quant.budget import Budget, Caution, Ramp, target_bytes
+from weightfold.quant.budget import Budget, Caution, Ramp, expected_accuracy, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, evenly, first_of_blocks, observe_spans
 from weightfold.quant.fake import start, step_index
 from weightfold.quant.learner import Learner
 from weightfold.size import count_macs, file_bytes, unique_state
+from weightfold.widths import Grid
 
 PULL_BITS = 64
 """What a unit of a constant that stands in the way of a removal costs, in bits."""
@@ -96,6 +98,8 @@ class SelfCompressConfig(Config):
     """rise of the probe loss over its best, in nats, at which pressure eases until it has recovered; None: never"""
     remove: bool = True
     """whether dead channels are cut out of the network; otherwise their codes are zero"""
+    liked: dict[str, list[int]] | None = None
+    """widths that a target's kernels like, by channel group, as `weightfold tune` lists them: none is cut to another"""
     tensors: str | None = None
     """pattern of the names of tensors to compress, such as "layer?.*"; all matrices and kernels by default"""
     pareto: int = Field(default=0, ge=0)
@@ -158,7 +162,7 @@ class SelfCompress(Method):
         self.history: list[dict[str, Any]] = []
         self.front: list[Point] = []
         self.result: CodedModel | None = None
-        self.grids: dict[str, Grid] = {}
+        self.grids: dict[str, InputGrid] = {}
         self.refused: dict[str, str] = {}
         self._names: list[str] = []
         self._class = ""
@@ -183,6 +187,7 @@ class SelfCompress(Method):
             ConfigError: nothing can, a tensor is quantised already, or the target is below the smallest file.
         """
         config = self.config
+        check_liked(moment.graph, config.liked or ())
         self._names, self.refused = quantisable(moment.model, config.tensors)
         self._class = type(moment.model).__name__
         self._shapes = {n: tuple(v.shape) for n, v in unique_state(moment.model).items()}
@@ -196,7 +201,7 @@ class SelfCompress(Method):
         if config.max_accuracy_loss is not None:
             if not moment.probe:
                 raise ConfigError("max_accuracy_loss needs a probe to measure by.", remedy="Pass probe= and loss=.")
-            expected_accuracy(moment)
+            expected_accuracy(moment.model, moment.probe, moment.autocast)
             self._aim = Caution(config.max_accuracy_loss)
         if config.target is not None:
             target = target_bytes(config.target, file_bytes(unique_state(moment.model)))
@@ -363,7 +368,13 @@ class SelfCompress(Method):
     def _look(self, moment: Moment) -> None:
         """Look at the probe, and for failures that make no noise."""
         if isinstance(self._aim, Caution):
-            self._aim.update(float(moment.ranks.shared(expected_accuracy(moment) if moment.ranks.leads else 0.0)))
+            self._aim.update(
+                float(
+                    moment.ranks.shared(
+                        expected_accuracy(moment.model, moment.probe, moment.autocast) if moment.ranks.leads else 0.0
+                    )
+                )
+            )
         if self.config.guard is not None and moment.probe and moment.loss is not None:
             own = losses(moment.model, moment.probe, moment.loss, moment.autocast) if moment.ranks.leads else [0.0]
             loss = float(moment.ranks.shared(sum(own) / len(own)))
@@ -459,6 +470,9 @@ class SelfCompress(Method):
         gone_C = evenly(ripe_C, group.block)
         if bool(gone_C.all()):
             gone_C[first_of_blocks(group)] = False
+        if group.name in (self.config.liked or {}):
+            width = Grid(liked=self.config.liked).above(group, int((~gone_C).sum()))
+            gone_C = evenly(gone_C, group.block, group.n_channels - width)
         n = int(gone_C.sum())
         if n == 0 or (n < max(1, group.n_channels // 16) and not last):
             return None
@@ -570,24 +584,3 @@ def _mean_bits(bits_R: Any) -> float:
     """Mean width of the rows that live; 0 if none does."""
     live = bits_R[bits_R > 0]
     return float(live.mean()) if live.size else 0.0
-
-
-def expected_accuracy(moment: Moment) -> float:
-    """Mean probability of the right class on the probe, in points: smoother than the share of right answers.
-
-    Raises:
-        ConfigError: the targets are no classes.
-    """
-    total, n = 0.0, 0
-    with probing(moment.model), moment.autocast():
-        for inputs, targets in moment.probe:
-            answer = call(moment.model, inputs)
-            scores = getattr(answer, "logits", answer)
-            if not isinstance(scores, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
-                raise ConfigError(
-                    "max_accuracy_loss counts right answers; these targets are no classes.",
-                    remedy="Give a target in bytes instead.",
-                )
-            chance = scores.float().flatten(0, -2).softmax(-1).gather(1, targets.reshape(-1, 1))
-            total, n = total + float(chance.sum()), n + chance.numel()
-    return 100 * total / max(n, 1)

@@ -172,12 +172,25 @@ def first_of_blocks(group: ChannelGroup) -> Tensor:
     return torch.stack([(block == b).nonzero()[0, 0] for b in range(int(block.max()) + 1)])
 
 
-def evenly(gone_C: Tensor, block: Tensor | None) -> Tensor:
-    """As many channels of every block: those of the block that can spare the fewest."""
-    if block is None:
-        return gone_C.clone()
-    places = [((block == b) & gone_C).nonzero().flatten() for b in range(int(block.max()) + 1)]
+def evenly(gone_C: Tensor, block: Tensor | None, most: int | None = None) -> Tensor:
+    """As many channels of every block: those of the block that can spare the fewest, the first ones of each.
+
+    Args:
+        gone_C: what can go, bool, shape (C,).
+        block: of each channel.
+        most: how many may go in all.
+    Example:
+        >>> evenly(torch.tensor([True, True, False, True]), torch.tensor([0, 0, 1, 1])).tolist()
+        [True, False, False, True]
+        >>> evenly(torch.tensor([True, True, False, True]), None, most=2).tolist()
+        [True, True, False, False]
+    """
+    blocks = torch.zeros_like(gone_C, dtype=torch.long) if block is None else block
+    n_blocks = int(blocks.max()) + 1
+    places = [((blocks == b) & gone_C).nonzero().flatten() for b in range(n_blocks)]
     n = min(len(p) for p in places)
+    if most is not None:
+        n = min(n, most // n_blocks)
     out = torch.zeros_like(gone_C)
     for place in places:
         out[place[:n]] = True

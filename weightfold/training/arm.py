@@ -285,5 +285,5 @@ def make_method(config: TrainConfig) -> Method:
 
 def _compression(config: TrainConfig) -> dict[str, Any]:
     """Settings of self-compression."""
-    dials = {name: getattr(config, name) for name in ("target", "max_accuracy_loss", "strength")}
+    dials = {name: getattr(config, name) for name in ("target", "max_accuracy_loss", "strength", "liked")}
     return {"at": config.at, **{name: value for name, value in dials.items() if value is not None}}

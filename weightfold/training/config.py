@@ -52,7 +52,7 @@ class TrainConfig(Config):
     strength: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """self_compress: what a bit of the file costs in the loss, in nats, in place of `target`"""
     liked: dict[str, list[int]] | None = None
-    """fold, prune: widths that the target's kernels like, by channel group, as `weightfold tune` measured them"""
+    """widths that the target's kernels like, by channel group, as `weightfold tune` measured them"""
     at: float = Field(default=0.1, ge=0, le=1)
     """when it acts, as a share of the steps"""
     max_increase: float = Field(default=0.1, ge=0, allow_inf_nan=False)
@@ -72,8 +72,8 @@ class TrainConfig(Config):
         foreign = [name for name in given if name in ("target", "strength") and not compresses]
         if foreign:
             raise ValueError(f"'{foreign[0]}' is a setting of the method 'self_compress', not of '{self.method}'")
-        if self.liked is not None and self.method not in ("fold", "prune"):
-            raise ValueError(f"'liked' is a setting of the methods 'fold' and 'prune', not of '{self.method}'")
+        if self.liked is not None and self.method not in ("fold", "prune", "self_compress"):
+            raise ValueError(f"'liked' is no setting of the method '{self.method}'")
         if compresses and "time_goal" in given:
             raise ValueError("'time_goal' is a setting of the method 'fold', not of 'self_compress'")
         if compresses and len(given) > 1:
