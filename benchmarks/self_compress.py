@@ -237,11 +237,13 @@ def with_more(result: Row, args: argparse.Namespace) -> Row:
 def paper_recipe(bed: Bed, args: argparse.Namespace, ours: Row) -> Row:
     """The published recipe at the accuracy that ours has reached: γ found on the first seed."""
     steps = paper.batched(bed, 512 if bed.unit == "%" else bed.schedule.batch).schedule.steps
-    found = paper.find(bed, accuracy=ours["accuracy_mean"], steps=steps, seed=0, tries=args.tries)[0]
+    search = paper.find(bed, accuracy=ours["accuracy_mean"], steps=steps, seed=0, tries=args.tries)
+    found = search[0]
     rows = [found, *(paper.run(bed, found["gamma"], steps, seed) for seed in range(1, args.seeds))]
     for seed, row in enumerate(rows):
         say("paper's recipe", {"seed": seed, **row})
-    return {"gamma": found["gamma"], **summary([{"seed": seed, **row} for seed, row in enumerate(rows)]), "rows": rows}
+    mean = summary([{"seed": seed, **row} for seed, row in enumerate(rows)])
+    return {"gamma": found["gamma"], **mean, "rows": rows, "search": search}
 
 
 def main() -> None:
