@@ -102,8 +102,12 @@ def gauss_newton_(
     masks = {n: m.to(weights[n]) for n, m in (masks or {}).items()}
     forward: Callable[[Weights], Tensor] = lambda w: output_of(work, inputs, w)  # noqa: E731
     count = wished.numel()
-    with torch.no_grad():
-        error = float((forward(weights) - wished).square().mean())
+
+    def off(at: Weights) -> float:
+        with torch.no_grad():
+            return float((forward(at) - wished).square().mean())
+
+    error = off(weights)
     if not error < float("inf"):
         raise DataError("The network's outputs are not finite.", remedy="Check the inputs and the weights.")
     errors, mu = [error], damping
@@ -112,19 +116,15 @@ def gauss_newton_(
         out, pull = vjp(forward, weights)[:2]
         gradient = _masked({n: g / count for n, g in pull(wished - out)[0].items()}, masks)
         scale = _scales(weights, pull, out, masks)
-        better, now = None, error
         for _ in range(4):
             step = _solve(forward, weights, pull, gradient, scale, mu, iterations, masks, count)
             trial = {n: weights[n] + step[n] for n in weights}
-            with torch.no_grad():
-                now = float((forward(trial) - wished).square().mean())
-            if now < error:
-                better, mu = trial, mu / 3
+            if (now := off(trial)) < error:
                 break
             mu *= 8
-        if better is None:
+        else:
             break
-        gain, weights, error = error - now, better, now
+        gain, weights, error, mu = error - now, trial, now, mu / 3
         errors.append(error)
         if gain < 1e-4 * error or error <= goal:
             break

@@ -10,7 +10,7 @@ import typer
 from weightfold.cli import show
 from weightfold.cli.door import Json, guarded
 from weightfold.cli.inputs import Data, Model, Shapes, Weights, open_with_example
-from weightfold.cli.pairs import RawLogits
+from weightfold.cli.pairs import RawLogits, write_weights
 
 
 @guarded
@@ -33,10 +33,8 @@ def canon(
     found = symmetries(network, inputs)
     text = semantic_hash(network, inputs, found=found, centre_logits=not raw_outputs)
     if out is not None:
-        from safetensors.torch import save_file
-
         form = canonical(network, inputs, found=found, centre_logits=not raw_outputs)
-        save_file({name: value.contiguous().clone() for name, value in form.state_dict().items()}, out)
+        write_weights(form, out)
     if as_json:
         show.print_json({"model": model, "hash": text, "keys": list(hash_keys(text)), "out": out and str(out)})
         return

@@ -10,7 +10,7 @@ import typer
 from weightfold.cli import show
 from weightfold.cli.door import Json, guarded
 from weightfold.cli.inputs import Shapes
-from weightfold.cli.pairs import Maker, open_one
+from weightfold.cli.pairs import Maker, open_one, write_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,9 +64,7 @@ def merge(
         told |= _finished(merged, basis, data, repair=repair)
         if plot is not None and data is not None:
             told["barriers"] = _drawn(networks, basis, data, plot)
-        from safetensors.torch import save_file
-
-        save_file({n: t.contiguous().clone() for n, t in told.pop("model").state_dict().items()}, out)
+        write_weights(told.pop("model"), out)
         told["out"] = str(out)
     if as_json:
         show.print_json(told)
@@ -140,6 +138,7 @@ def _drawn(networks: list[nn.Module], basis: list[nn.Module], data: str, plot: P
     """Draw the validation loss along both straight paths; the barrier of each that has one shape."""
     import torch
 
+    from weightfold.artifact import write_bytes
     from weightfold.data import load
     from weightfold.training.measure import evaluate
     from weightfold.weights import path as paths
@@ -152,7 +151,7 @@ def _drawn(networks: list[nn.Module], basis: list[nn.Module], data: str, plot: P
         for name, (a, b) in ends.items()
         if not differences(weights_of(a), weights_of(b))
     }
-    plot.write_text(paths.plot(lines, unit="validation loss"), encoding="utf-8")
+    write_bytes(plot, paths.plot(lines, unit="validation loss").encode())
     return {name: line.barrier for name, line in lines.items()}
 
 

@@ -29,3 +29,12 @@ def open_one(spec: str, maker: str | None, example: list[str] | None, data: str 
     else:
         model, inputs = open_with_example(maker, example, data, Path(spec))
     return model.eval(), inputs
+
+
+def write_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights as safetensors, at one stroke."""
+    from safetensors.torch import save
+
+    from weightfold.artifact import write_bytes
+
+    write_bytes(path, save({name: value.contiguous().clone() for name, value in model.state_dict().items()}))

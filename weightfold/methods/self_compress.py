@@ -300,10 +300,10 @@ class SelfCompress(Method):
             return
         pace = self._pace(moment)
         scale = self._learner.learn(moment.ranks, self.price, pace, moment.step)
-        if scale == 0:
-            return
         if self._activations is not None:
             self._activations.learn(moment.ranks, scale, pace)
+        if scale == 0:
+            return
         share = moment.step / moment.total_steps
         if self._due(moment.step, moment.total_steps):
             self._measure(self._learner, moment)
@@ -329,7 +329,7 @@ class SelfCompress(Method):
         return {path: float(n) for path, n in leaves.items()}
 
     def _weight_bits(self) -> dict[str, Tensor]:
-        """Mean bits of the living rows of each layer's weights, by module path."""
+        """Mean width of each layer's rows, those of zeros too, by module path."""
         assert self._learner is not None
         held = self._learner.quantisers.items()
         return {n.rpartition(".")[0]: torch.round(q.bits_R.detach()).mean() for n, q in held}

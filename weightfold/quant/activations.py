@@ -152,7 +152,7 @@ class Activations:
         """Bit operations of one sample, as a share of the first network's in single precision; differentiable.
 
         Args:
-            weight_bits: mean bits of each layer's weights, by path.
+            weight_bits: mean width of each layer's rows, by path.
         """
         parts = [n * weight_bits[path] * self._inputs[path].whole_bits() for path, n in self.macs.items()]
         return torch.stack(parts).sum() / self._full

@@ -6,7 +6,7 @@ biases and norms make of it. What reads the constant can take it over into its o
 position alike: a linear layer, or a convolution without padding. Padding with zeros reads less at the border, where no
 bias can follow; there the channel has to come to zero by itself first.
 
-No tool that we know of folds such constants; Cséfalvay & Imber (arXiv 2301.13142) pull the biases to zero and wait.
+Cséfalvay & Imber (arXiv 2301.13142) fold no constants: they pull the biases to zero and wait.
 """
 
 from __future__ import annotations
