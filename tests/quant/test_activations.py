@@ -154,15 +154,13 @@ def test_an_interrupted_run_ends_with_the_same_grids() -> None:
 
 
 def test_a_loss_that_was_not_finite_once_is_forgotten() -> None:
-    """A step that is skipped leaves no gradient behind, or the grids would never move again."""
+    """A step that is skipped leaves no gradient behind, which would cost the next step too."""
     run = trained()
     steps(run, 0, 30)
     x, y, model, optimizer, method, compressor, _ = run
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     ((F.cross_entropy(model(x), y) + compressor.penalty()) * float("nan")).backward()
     optimizer.zero_grad()
     compressor.step()
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    grids = method._activations.state_dict()["grids"]
-    steps(run, 31, 45)
-    assert method._activations.state_dict()["grids"] != grids
+    before = method._activations.state_dict()["grids"]
+    steps(run, 31, 32)
+    assert method._activations.state_dict()["grids"] != before
