@@ -57,6 +57,7 @@ class Compressor:
         max_increase: how much one event may raise the probe loss (its upper 95 % bound), in the loss's unit.
         keep_undo: store what each edit replaces in the ledger, so that it can be undone later.
         ranks: the processes that decide as one; by default those of a DistributedDataParallel model.
+        check: looks at the network after edits that the gate lets pass, and says why it may not be so; empty if it may.
 
     Attributes:
         network: what to call in the loop; an event wraps it anew.
@@ -80,6 +81,7 @@ class Compressor:
         max_increase: float = 0.1,
         keep_undo: bool = True,
         ranks: Ranks | None = None,
+        check: Callable[[nn.Module], str] | None = None,
     ) -> None:
         if probe and loss is None:
             raise ConfigError("A probe needs a loss to be measured by.", remedy="Pass loss=your_loss_function.")
@@ -96,6 +98,7 @@ class Compressor:
         self.total_steps = total_steps
         self.max_increase = max_increase
         self.keep_undo = keep_undo
+        self.check = check
         self.generator = torch.Generator().manual_seed(seed)
         self.events: list[Event] = []
         self.frozen: set[str] = set()
@@ -443,23 +446,22 @@ class Compressor:
                     for edit in proposal.edits:
                         graph, undo = self._hands.attempt(edit, graph)
                         done.append(Trial(proposal, edit, graph, undo))
-            if not before:
-                return None, done, ""
-            reading = compare(before, self._losses())
+            reading = compare(before, self._losses()) if before else None
+            reason = self._too_much(reading) or (self.check(self.model) if self.check else "")
         except EditError as error:
             self._hands.restore([trial.undo for trial in done])
             return None, [], error.message
         except BaseException:
             self._hands.restore([trial.undo for trial in done])
             raise
-        if reason := self._too_much(reading):
+        if reason:
             self._hands.restore([trial.undo for trial in done])
             return reading, [], reason
         return reading, done, ""
 
-    def _too_much(self, reading: Reading) -> str:
+    def _too_much(self, reading: Reading | None) -> str:
         """Why the gate says no; empty where it does not."""
-        if reading.upper <= self.max_increase and math.isfinite(reading.upper):
+        if reading is None or (reading.upper <= self.max_increase and math.isfinite(reading.upper)):
             return ""
         return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
 

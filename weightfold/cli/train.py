@@ -67,7 +67,7 @@ def train(
     method: Annotated[Method, typer.Option(help="What makes the second network smaller.")] = Method.fold,
     keep: Annotated[float, typer.Option(help="Share of the channels to keep.")] = 0.5,
     tuned: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="fold, prune: keep to widths that weightfold tune found quick.")
+        Path | None, typer.Option(metavar="FILE", help="Keep to widths that weightfold tune found quick.")
     ] = None,
     at: Annotated[float, typer.Option(help="When to act, as a share of the steps.")] = 0.1,
     max_accuracy_loss: Annotated[
@@ -111,7 +111,7 @@ def train(
         "seed": seed,
         "method": method.name,
         "keep": keep,
-        "liked": None if tuned is None else _liked(tuned),
+        **({} if tuned is None else _tuned(tuned)),
         "at": at,
         "max_accuracy_loss": max_accuracy_loss,
         "time_goal": time_goal,
@@ -125,10 +125,13 @@ def train(
     _run(out or Path("runs", Path(data or source).stem), config, force=force, as_json=as_json)
 
 
-def _liked(path: Path) -> dict[str, list[int]]:
+def _tuned(path: Path) -> dict[str, Any]:
+    """Widths of a table, and the race that it stands for."""
     from weightfold.kernels import Tuned
 
-    return Tuned.read(path).all_liked()
+    table = Tuned.read(path)
+    race = {"target": table.target, "batch": (*table.shape, 1)[0], "threads": table.threads}
+    return {"liked": table.all_liked(), "race": race}
 
 
 def _run(out: Path, config: dict[str, Any] | None, *, force: bool = False, as_json: bool) -> None:

@@ -24,6 +24,7 @@ from weightfold.models import TaskSpec
 from weightfold.training.config import TrainConfig
 from weightfold.training.looks import Start, header_more
 from weightfold.training.measure import outputs, synchronise
+from weightfold.training.speed import NotSlower
 
 if TYPE_CHECKING:
     from weightfold.compressor import Compressor
@@ -66,6 +67,7 @@ class Arm:
         self.before = Blueprint.of(model)
         self.optimizer = make_optimizer(model, config)
         self.compressor: Compressor | None = None
+        self.speed: NotSlower | None = None
         self.forced: Replay | None = None
         self.seconds = 0.0
         self.events: list[dict[str, Any]] = []
@@ -96,6 +98,7 @@ class Arm:
         from weightfold.compressor import Compressor
 
         method = self._method(builder) if forced is None else forced
+        self.speed = self._race(builder)
         start = time.perf_counter()
         self.compressor = Compressor(
             self.model,
@@ -107,6 +110,7 @@ class Arm:
             total_steps=self.total_steps,
             seed=self.config.seed,
             max_increase=self.config.max_increase,
+            check=self.speed if forced is None else None,
         )
         self.forced = forced
         graph = self.compressor.prepare(self.optimizer)
@@ -121,6 +125,12 @@ class Arm:
         source = Source(self.model, (task_input(self.task),), self.before, builder, "0" * 64)
         target = self.start.target and max(1, self.start.target - header_more(source))
         return make_method(self.config.model_copy(update={"target": target}))
+
+    def _race(self, builder: Builder) -> NotSlower | None:
+        if self.config.race is None:
+            return None
+        source = Source(copy.deepcopy(self.model), (task_input(self.task),), self.before, builder)
+        return NotSlower(source, self.config.race)
 
     def _loss(self, answer: Any, targets: Tensor) -> Tensor:
         return self.task.loss(getattr(answer, "logits", answer), targets)

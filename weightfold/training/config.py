@@ -14,6 +14,17 @@ _ADAPTIVE = ("char-gpt", "gru", "vit-tiny")
 _FEW_PIXELS = 256
 
 
+class Race(Config):
+    """On what a network must not grow slower: see `weightfold tune`."""
+
+    target: str = "onnx-cpu"
+    """runtime"""
+    batch: PositiveInt = 1
+    """samples a call"""
+    threads: PositiveInt = 1
+    """of the runtime"""
+
+
 class TrainConfig(Config):
     """A dense network and, paired with it, one that grows smaller while it trains."""
 
@@ -53,6 +64,8 @@ class TrainConfig(Config):
     """self_compress: what a bit of the file costs in the loss, in nats, in place of `target`"""
     liked: dict[str, list[int]] | None = None
     """widths that the target's kernels like, by channel group, as `weightfold tune` measured them"""
+    race: Race | None = None
+    """refuse events after which the network would be slower there than the dense one"""
     at: float = Field(default=0.1, ge=0, le=1)
     """when it acts, as a share of the steps"""
     max_increase: float = Field(default=0.1, ge=0, allow_inf_nan=False)
@@ -72,8 +85,9 @@ class TrainConfig(Config):
         foreign = [name for name in given if name in ("target", "strength") and not compresses]
         if foreign:
             raise ValueError(f"'{foreign[0]}' is a setting of the method 'self_compress', not of '{self.method}'")
-        if self.liked is not None and self.method not in ("fold", "prune", "self_compress"):
-            raise ValueError(f"'liked' is no setting of the method '{self.method}'")
+        for name in ("liked", "race"):
+            if getattr(self, name) is not None and self.method not in ("fold", "prune", "self_compress"):
+                raise ValueError(f"'{name}' is no setting of the method '{self.method}'")
         if compresses and "time_goal" in given:
             raise ValueError("'time_goal' is a setting of the method 'fold', not of 'self_compress'")
         if compresses and len(given) > 1:

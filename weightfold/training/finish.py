@@ -126,3 +126,13 @@ def _add_wall_clock(
         facts["events"] = arm.events
         for n in LATENCY_BATCHES:
             facts[f"latency_ms_{n}"] = times[n][name]
+    for name, ms in _race(arms, models).items():
+        results["arms"][name]["target_ms"] = ms
+
+
+def _race(arms: Mapping[str, Arm], models: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Milliseconds of each network in the runtime that a run was tuned for; nothing where it was not, or by a hair."""
+    speed = arms["folded"].speed if "folded" in arms else None
+    if speed is None or speed(models["folded"]) or speed.times is None:
+        return {}
+    return {name: ms for name, ms in zip(("dense", "folded"), speed.times, strict=True) if name in arms}
