@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.errors import ArtifactError, GraphError
+from weightfold.weights.balance import rows_of
 from weightfold.weights.canon import (
     TOLERANCE,
     canonical,
     hash_distance,
     hash_keys,
     hash_of,
+    hashes_of,
     same_hash,
     semantic_hash,
 )
 from weightfold.weights.disguise import disguise
-from weightfold.weights.point import point, rows_of
+from weightfold.weights.point import point
 from weightfold.weights.symmetry import symmetries
 
 from .conftest import Made
@@ -53,6 +55,22 @@ def test_canonical_form_and_hash_see_through_disguises(made: Made) -> None:
             twin.state_dict().items(), canonical(other, example, found=found).state_dict().values(), strict=True
         ):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.float().abs().max())), name
+
+
+def test_many_at_once_are_hashed_as_one_by_one(made: Made) -> None:
+    """Neighbours in a batch do not matter: a dead channel in one model, scales far apart in another."""
+    model, example = made
+    found = symmetries(model, example)
+    generator = torch.Generator().manual_seed(5)
+    states = []
+    for spread in (0.0, 1.0, 3.0):
+        other = disguise(model, example, generator, found=found, spread=spread)
+        state = {name: value.clone() for name, value in other.state_dict().items()}
+        if spread == 1.0:
+            next(v for v in state.values() if v.ndim > 1)[0] = 0
+        states.append(state)
+    for text, state in zip(hashes_of(found, states), states, strict=True):
+        assert hash_distance(text, hash_of(found, state)) <= 2**-25
 
 
 def test_hash_tells_small_changes_apart(made: Made) -> None:

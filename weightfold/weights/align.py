@@ -31,9 +31,9 @@ from weightfold.errors import ConfigError
 from weightfold.graph.apply import find_tensor
 from weightfold.graph.exactness import outputs, relative_error
 from weightfold.graph.trace import Example
+from weightfold.weights.balance import rows_of
 from weightfold.weights.compare import cosine, require_alike, weights_of
 from weightfold.weights.correlate import correlations
-from weightfold.weights.point import rows_of
 from weightfold.weights.rotate import (
     doubles,
     head_of,

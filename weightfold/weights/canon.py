@@ -18,7 +18,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -28,8 +29,9 @@ from weightfold.errors import ArtifactError
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply, find_tensor, put_tensor
 from weightfold.graph.trace import Example
-from weightfold.weights.colours import ODD, ROTATED, Colours, K, colours, fixed, nodes
-from weightfold.weights.point import Point, checked, multiply_, point
+from weightfold.weights.colours import Colours, colours, sketches
+from weightfold.weights.nodes import ODD, ROTATED, K, fixed, nodes
+from weightfold.weights.point import Point, checked, multiply_, point, points
 from weightfold.weights.symmetry import Members, Symmetries, symmetries
 
 VERSION = "wf1"
@@ -38,6 +40,8 @@ STEP = 2.0**-26
 """Step of the sketch's numbers as they are written."""
 TOLERANCE = 2.5e-7
 """Largest difference between the sketches of equal models."""
+NUMBERS_TOGETHER, MOST_TOGETHER = 2**20, 64
+"""Weights, and models, that are hashed at once: more would leave the cache."""
 CELL = 1e-4
 """Size of a cell of the index keys."""
 TIE = 1e-6
@@ -138,9 +142,34 @@ def hash_of(found: Symmetries, state: Mapping[str, Tensor], *, centre_logits: bo
     Raises:
         GraphError: the weights belong to another architecture, or are not finite; names the tensor.
     """
-    sketch = sketch_of(found, state, centre_logits=centre_logits)
-    numbers = (sketch / STEP).round().clamp(-(2**31), 2**31 - 1).long()
-    return f"{VERSION}-{structure_digest(found)}-" + "".join(f"{int(n) & 0xFFFFFFFF:08x}" for n in numbers)
+    return hashes_of(found, [state], centre_logits=centre_logits)[0]
+
+
+def hashes_of(found: Symmetries, states: Sequence[Mapping[str, Tensor]], *, centre_logits: bool = True) -> list[str]:
+    """The semantic hashes of many sets of weights of one architecture; several times as fast for small models.
+
+    Example:
+        >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(3)]
+        >>> found = symmetries(nets[0], torch.zeros(1, 4))
+        >>> texts = hashes_of(found, [net.state_dict() for net in nets])
+        >>> [same_hash(text, hash_of(found, net.state_dict())) for text, net in zip(texts, nets)]
+        [True, True, True]
+    """
+    size = max(1, sum(math.prod(shape) for shape in found.shapes.values()))
+    step = max(1, min(MOST_TOGETHER, NUMBERS_TOGETHER // size))
+    out = []
+    for first in range(0, len(states), step):
+        out += hashes_at(found, points(found, states[first : first + step], centre_logits=centre_logits))
+    return out
+
+
+def hashes_at(found: Symmetries, stack: Mapping[str, Tensor]) -> list[str]:
+    """The semantic hashes of balanced weights, tensors of shape (B, ...); see `weightfold.weights.point.points`."""
+    features = sketches(found, stack)
+    table = features @ _projection(features.shape[1]).T
+    numbers = (table / STEP).round().clamp(-(2**31), 2**31 - 1).long()
+    start = f"{VERSION}-{structure_digest(found)}-"
+    return [start + "".join(f"{n & 0xFFFFFFFF:08x}" for n in row) for row in numbers.tolist()]
 
 
 def sketch_of(found: Symmetries, state: Mapping[str, Tensor], *, centre_logits: bool = True) -> Tensor:

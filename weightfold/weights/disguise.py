@@ -11,7 +11,7 @@ from weightfold.graph import ChannelGroup
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply, find_tensor, put_tensor
 from weightfold.graph.trace import Example
-from weightfold.weights.point import put_rows_, rows_of
+from weightfold.weights.balance import put_rows_, rows_of
 from weightfold.weights.symmetry import Symmetries, symmetries
 
 

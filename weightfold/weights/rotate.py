@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from weightfold.weights.point import put_rows_, rows_of
+from weightfold.weights.balance import put_rows_, rows_of
 from weightfold.weights.symmetry import Freedom, Gain, Members, Slot, Symmetries
 from weightfold.weights.work import Work, graph_slots
 
