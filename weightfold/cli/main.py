@@ -21,6 +21,7 @@ from weightfold.cli import (
     trace,
     train,
     tune,
+    zoo,
 )
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.command("same")(same.same)
 app.command("diff")(diff.diff)
 app.command("merge")(merge.merge)
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(zoo.app, name="zoo")
 
 
 def _show_version(wanted: bool) -> None:

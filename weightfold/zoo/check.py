@@ -1,0 +1,89 @@
+"""Read a whole zoo and say what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from weightfold.errors import ArtifactError, WeightfoldError
+from weightfold.zoo import tables
+from weightfold.zoo.catalogue import Catalogue, Content
+from weightfold.zoo.contents import Reader
+from weightfold.zoo.objects import Objects
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong.
+
+    Args:
+        kind: "catalogue", "content" or "extras".
+        names: models that are affected.
+        message: what is wrong, with the blob's path.
+        remedy: what to do.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    message: str
+    remedy: str | None = None
+
+
+def verify(
+    catalogue: Catalogue, objects: Objects, progress: Callable[[int, int, str], None] | None = None
+) -> list[Problem]:
+    """Check the catalogue, read every blob, decode every content; see `Zoo.verify`."""
+    found = [Problem("catalogue", (), text, "Restore a copy of the zoo's folder.") for text in catalogue.damages()]
+    reader = Reader(catalogue, objects)
+    contents = _parents_first(catalogue.contents())
+    for at, digest in enumerate(contents):
+        names = tuple(catalogue.names_of(digest))
+        found += _content_problems(catalogue, objects, reader, digest, names)
+        if progress is not None:
+            progress(at + 1, len(contents), names[0] if names else digest[:12])
+    return found + _extras_problems(catalogue, objects)
+
+
+def _content_problems(
+    catalogue: Catalogue, objects: Objects, reader: Reader, digest: str, names: tuple[str, ...]
+) -> list[Problem]:
+    with objects.lease():
+        content = catalogue.content(digest)  # as it is now: others may pack or remove meanwhile
+        if content is None:
+            return []
+        try:
+            reader.state(content)
+        except WeightfoldError as error:
+            return [Problem("content", names, error.message, error.remedy)]
+        except (
+            Exception
+        ) as error:  # bytes that have their digest and still do not decode: of a newer version, or made so
+            return [Problem("content", names, f"{type(error).__name__}: {error}", "Is this weightfold old?")]
+    return []
+
+
+def _extras_problems(catalogue: Catalogue, objects: Objects) -> list[Problem]:
+    found = []
+    with objects.lease():
+        for blob, names in catalogue.beside().items():
+            try:
+                data = objects.read(blob)
+                if not data.startswith(b"{"):
+                    tables.from_bytes(data)
+            except ArtifactError as error:
+                remedy = f"Remove {', '.join(map(repr, names[:3]))} and add again from the source."
+                found.append(Problem("extras", names, error.message, remedy))
+    return found
+
+
+def _parents_first(contents: list[Content]) -> list[str]:
+    """Order contents so that children follow their parent, whose tensors are then at hand."""
+    below: dict[str | None, list[str]] = {}
+    for content in contents:
+        below.setdefault(content.base, []).append(content.digest)
+    order, stack = [], list(reversed(below.get(None, [])))
+    while stack:
+        digest = stack.pop()
+        order.append(digest)
+        stack += reversed(below.get(digest, []))
+    return order + sorted({content.digest for content in contents} - set(order))
