@@ -11,7 +11,7 @@ from typing import Any
 from weightfold.errors import ConfigError
 from weightfold.zoo.catalogue import Catalogue, Content, Model
 from weightfold.zoo.contents import describe, to_blob
-from weightfold.zoo.describe import Traced, embeddings, hashes, metadata_for, with_architecture
+from weightfold.zoo.describe import Traced, described, metadata_for, with_architecture
 from weightfold.zoo.imports import Imported
 from weightfold.zoo.naming import checked_name
 
@@ -62,11 +62,9 @@ def records(items: Sequence[Imported], wanted: Sequence[Wanted], traced: Sequenc
         if wish.name is not None:
             checked_name(wish.name)
         _check_facts(wish.facts or {})
-    found, places = hashes(items, traced), embeddings(items, traced)
-    rows = zip(items, wanted, traced, found, places, strict=True)
     return [
-        Record(with_architecture(item, known), wish, known, *told, place, to_blob(item.state), _extras(item, known))
-        for item, wish, known, told, place in rows
+        Record(with_architecture(item, known), wish, known, *told, to_blob(item.state), _extras(item, known))
+        for item, wish, known, told in zip(items, wanted, traced, described(items, traced), strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,9 +24,9 @@ from weightfold.export.example import zeros
 from weightfold.export.opened import open_model
 from weightfold.export.saved import make, structure_of
 from weightfold.graph.trace import Example, arguments
-from weightfold.weights.canon import hash_of
 from weightfold.weights.compare import differences
 from weightfold.weights.symmetry import Symmetries, symmetries
+from weightfold.zoo import embed
 from weightfold.zoo.imports import Imported
 
 TENSORS_ONLY = "only tensors are known: pass the model that they belong to, and an example of its input"
@@ -46,6 +46,14 @@ class Traced:
     found: Symmetries | None
     reason: str | None = None
     structure: Structure | None = None
+
+
+class Told(NamedTuple):
+    """What the tensors of a model say: the semantic hash or why there is none, and the embedding's bytes."""
+
+    semantic_hash: str | None
+    reason: str | None
+    embedding: bytes | None
 
 
 class Tracer:
@@ -145,23 +153,29 @@ def metadata_for(item: Imported, traced: Traced) -> dict[str, str]:
     return dict(item.metadata) | ({} if structure is None else {KEY: structure.to_json()})
 
 
-def hashes(items: Sequence[Imported], traced: Sequence[Traced]) -> list[tuple[str | None, str | None]]:
-    """The semantic hash of each model, or why there is none."""
-    return [_hash(known, item.state) for item, known in zip(items, traced, strict=True)]
+def described(items: Sequence[Imported], traced: Sequence[Traced]) -> list[Told]:
+    """The semantic hash of each model, or why there is none, and its embedding; those of one architecture together."""
+    told = [Told(None, known.reason, None) for known in traced]
+    together: dict[int, list[int]] = {}
+    for at, known in enumerate(traced):
+        if known.found is None:
+            told[at] = Told(None, known.reason, _embedded_alone(items[at].state))
+        else:
+            together.setdefault(id(known.found), []).append(at)
+    for places in together.values():
+        found = traced[places[0]].found
+        assert found is not None
+        texts, reasons, vectors = embed.described(found, [items[at].state for at in places])
+        for at, text, reason, vector in zip(places, texts, reasons, vectors, strict=True):
+            told[at] = Told(text, reason, vector.tobytes())
+    return told
 
 
-def embeddings(items: Sequence[Imported], traced: Sequence[Traced]) -> list[bytes | None]:
-    """The embedding of each model as bytes of float32."""
-    return [None for _ in zip(items, traced, strict=True)]
-
-
-def _hash(traced: Traced, state: Mapping[str, Tensor]) -> tuple[str | None, str | None]:
-    if traced.found is None:
-        return None, traced.reason
+def _embedded_alone(state: Mapping[str, Tensor]) -> bytes | None:
     try:
-        return hash_of(traced.found, state), None
-    except WeightfoldError as error:
-        return None, error.message
+        return embed.embedding(state).tobytes()
+    except WeightfoldError:
+        return None
 
 
 def _reasoned(build: Any, structure: Structure | None) -> Traced:
