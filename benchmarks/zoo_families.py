@@ -1,15 +1,15 @@
 """Families of small networks whose parents are known: what `benchmarks/zoo.py` tells trees of.
 
 A zoo is 10 roots, 3 children a root and 2 grandchildren a child: 100 networks on scikit-learn's digits (1,400 images).
-A root is trained from its own random weights on all images; a child goes on from its parent's weights on a random
-subset with another seed. Everything is drawn anew for each network:
+A root is trained from its own random weights on all images (AdamW, rate 1e-3, 15 to 40 epochs, weight decay 0, .01 or
+.1); a child goes on from its parent's weights with another seed, on a random subset of its own. ``recipe`` says how:
 
-    roots      Adam, 1e-3, 15 to 40 epochs, weight decay 0 or 1e-4
-    children   Adam (rate 2e-4 to 1e-3) or SGD (momentum .9, rate 5e-3 to 3e-2), 2 to 10 epochs, 30 to 100 % of the
-               images, weight decay 0, 1e-4 or 1e-3, batches of 32
+    alike      AdamW, rate 5e-4, 5 epochs, half of the images, no weight decay
+    mixed      drawn anew for each child: AdamW (rate 2e-4 to 1e-3, decay 0, .01 or .1) or SGD (momentum .9, rate 5e-3
+               to 3e-2, decay 0 or 5e-4), 2 to 10 epochs, 30 to 100 % of the images
 
-``kind`` mlp: 64-64-64-10, ReLU. cnn: convolutions 1-12-24 (3x3, the second with stride 2), ReLU, linear to 10.
-`disguised` permutes and rescales (log-normal, 0.5) every network at random.
+Batches hold 32. ``kind`` mlp: 64-64-64-10, ReLU. cnn: convolutions 1-12-24 (3x3, the second with stride 2), ReLU,
+linear to 10. slim: 64-32-10, ReLU. tanh: 64-48-48-32-10. `disguised` permutes and rescales (log-normal, 0.5) every network at random.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from weightfold.weights.disguise import disguise
 from weightfold.weights.symmetry import Symmetries
 
 ROOTS, CHILDREN, GRANDCHILDREN = 10, 3, 2
-KINDS = ("mlp", "cnn")
+N_TRAIN = 1400
+KINDS, OTHERS, RECIPES = ("mlp", "cnn"), ("slim", "tanh"), ("alike", "mixed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,11 @@ def made(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    if kind == "slim":
+        return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    if kind == "tanh":
+        first, second = (nn.Linear(64, 48), nn.Tanh()), (nn.Linear(48, 48), nn.Tanh())
+        return nn.Sequential(*first, *second, nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 10))
     return nn.Sequential(
         nn.Unflatten(1, (1, 8)),
         nn.Conv2d(1, 12, 3, padding=1),
@@ -58,7 +64,7 @@ def made(kind: str, seed: int) -> nn.Module:
 
 def example(kind: str) -> Tensor:
     """An input of a kind."""
-    return torch.zeros(2, 64) if kind == "mlp" else torch.zeros(2, 8, 8)
+    return torch.zeros(2, 8, 8) if kind == "cnn" else torch.zeros(2, 64)
 
 
 @lru_cache(maxsize=1)
@@ -75,20 +81,38 @@ def _draw(generator: torch.Generator, low: float, high: float) -> float:
     return float(torch.rand((), generator=generator)) * (high - low) + low
 
 
-def _trained(model: nn.Module, kind: str, generator: torch.Generator, root: bool) -> None:
+@dataclass(frozen=True)
+class _Recipe:
+    optimiser: str
+    rate: float
+    decay: float
+    epochs: int
+    share: float
+
+
+def _recipe(name: str, generator: torch.Generator, root: bool) -> _Recipe:
+    decay = (0.0, 0.01, 0.1)[int(torch.randint(3, (), generator=generator))]
+    if root:
+        return _Recipe("adamw", 1e-3, decay, round(_draw(generator, 15, 40)), 1.0)
+    if name == "alike":
+        return _Recipe("adamw", 5e-4, 0.0, 5, 0.5)
+    epochs, share = round(_draw(generator, 2, 10)), _draw(generator, 0.3, 1.0)
+    if _draw(generator, 0, 1) < 0.5:
+        return _Recipe("adamw", math.exp(_draw(generator, math.log(2e-4), math.log(1e-3))), decay, epochs, share)
+    rate = math.exp(_draw(generator, math.log(5e-3), math.log(3e-2)))
+    return _Recipe("sgd", rate, 5e-4 if decay else 0.0, epochs, share)
+
+
+def _train(model: nn.Module, kind: str, recipe: _Recipe, generator: torch.Generator) -> None:
     x, y = digits()
-    x = x if kind == "mlp" else x.reshape(-1, 8, 8)
-    decay = (0.0, 1e-4, 0.0 if root else 1e-3)[int(torch.randint(3, (), generator=generator))]
-    share = 1.0 if root else _draw(generator, 0.3, 1.0)
-    epochs = round(_draw(generator, 15, 40) if root else _draw(generator, 2, 10))
-    mine = torch.randperm(1400, generator=generator)[: int(1400 * share)]
-    if root or _draw(generator, 0, 1) < 0.5:
-        rate = 1e-3 if root else math.exp(_draw(generator, math.log(2e-4), math.log(1e-3)))
-        optimiser: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay)
+    x = x.reshape(-1, 8, 8) if kind == "cnn" else x
+    mine = torch.randperm(N_TRAIN, generator=generator)[: int(N_TRAIN * recipe.share)]
+    if recipe.optimiser == "adamw":
+        optimiser: torch.optim.Optimizer
+        optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
     else:
-        rate = math.exp(_draw(generator, math.log(5e-3), math.log(3e-2)))
-        optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay)
-    for _ in range(epochs):
+        optimiser = torch.optim.SGD(model.parameters(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay)
+    for _ in range(recipe.epochs):
         for batch in mine[torch.randperm(len(mine), generator=generator)].split(32):
             optimiser.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
@@ -98,18 +122,18 @@ def _trained(model: nn.Module, kind: str, generator: torch.Generator, root: bool
 @torch.no_grad()
 def _accuracy(model: nn.Module, kind: str) -> float:
     x, y = digits()
-    x = x if kind == "mlp" else x.reshape(-1, 8, 8)
-    return float((model(x[1400:]).argmax(1) == y[1400:]).float().mean())
+    x = x.reshape(-1, 8, 8) if kind == "cnn" else x
+    return float((model(x[N_TRAIN:]).argmax(1) == y[N_TRAIN:]).float().mean())
 
 
-def zoo(kind: str, seed: int, roots: int = ROOTS) -> list[Grown]:
+def zoo(kind: str, recipe: str, seed: int, roots: int = ROOTS) -> list[Grown]:
     """Train a zoo; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     grown: list[Grown] = []
 
     def grow(parent: int | None, family: int) -> int:
         model = made(kind, 10_000 * seed + family) if parent is None else copy.deepcopy(grown[parent].model)
-        _trained(model, kind, generator, parent is None)
+        _train(model, kind, _recipe(recipe, generator, parent is None), generator)
         grown.append(Grown(model, family, parent, _accuracy(model, kind)))
         return len(grown) - 1
 
