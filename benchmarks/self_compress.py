@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.baselines import paper_self_compression as paper
 from benchmarks.compress_beds import NAMES, SHARED, Bed, open_bed, train_dense
 from weightfold.artifact import Builder
+from weightfold.blueprint import Blueprint
 from weightfold.compressor import Compressor
-from weightfold.export.blueprint import Blueprint
 from weightfold.export.packed import load_packed, save_packed
 from weightfold.export.source import Source
 from weightfold.ledger import Ledger

@@ -25,6 +25,7 @@ from torch.func import functional_call, jvp, vjp
 from torch.utils import _pytree as pytree
 
 from weightfold.errors import DataError
+from weightfold.gate import call
 
 Weights = dict[str, Tensor]
 
@@ -238,7 +239,7 @@ def recalibrate_(model: nn.Module, batches: Sequence[Any]) -> int:
         norm.momentum = None
         norm.train()
     for batch in batches:
-        model(*(batch if isinstance(batch, tuple) else (batch,)))
+        call(model, batch)
     for norm, (momentum, training) in zip(norms, kept, strict=True):
         norm.momentum = momentum
         norm.train(training)

@@ -63,19 +63,22 @@ class Interrupted:
             part.load_state_dict(state)
         self.c.ledger = self.ledger
 
-    def finish(self, path: Path) -> tuple[str, str, bytes]:
+    def finish(self, path: Path) -> tuple[Any, ...]:
         net = self.c.convert()
         [chosen] = [m for m in self.methods if isinstance(m, SelfCompress)]
         written(net, chosen, perceptron(), path)
+        front = [(p.n_bytes, p.loss, p.step, fingerprint(p.network)) for p in chosen.front]
+        assert bool(front) == bool(chosen.config.pareto)
         with self.ledger:
             self.ledger.verify()
-            return self.ledger.head, fingerprint(net), path.read_bytes()
+            return self.ledger.head, fingerprint(net), path.read_bytes(), front
 
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     return {
         "strength": (lambda: [method(strength=STRONG)], {}),
         "target": (lambda: [method(target=300)], {}),
+        "front": (lambda: [method(target=300, pareto=4, check=0.05)], {}),
         "accuracy": (lambda: [method(max_accuracy_loss=5.0)], {}),
         "fold before": (lambda: [half(0.2), method(strength=STRONG, at=0.35)], {}),
         "fold in the middle": (lambda: [half(0.5), method(strength=STRONG)], {}),

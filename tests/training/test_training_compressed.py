@@ -152,6 +152,7 @@ def test_codes_are_found_beside_the_model_of_the_same_moment(compressed: Finishe
         ({"method": "fold", "max_accuracy_loss": 1.0, "strength": 1e-6}, "'strength' is a setting"),
         ({"target": "3 kB", "strength": 1e-6}, "exclude each other"),
         ({"target": "3 kB", "max_accuracy_loss": 1.0}, "exclude each other"),
+        ({"method": "fold", "pareto": 2}, "'pareto' is a setting of the method 'self_compress'"),
         ({"time_goal": 0.5}, "'time_goal' is a setting of the method 'fold'"),
         ({"strength": 0}, "strength"),
     ],
@@ -185,3 +186,17 @@ def test_what_is_left_open_suits_the_method() -> None:
     assert config.resolved(large).overrides == config.resolved(table).overrides == {}
     assert {config.resolved(task).optimizer for task in (small, large, table)} == {"adamw"}
     assert TrainConfig().resolved(small).overrides == {}
+
+
+def test_the_front_is_written_as_files_that_score_what_is_said(tmp_path: Path) -> None:
+    config = TrainConfig(**{**COMPRESSED, "pareto": 3, "activation_strength": 1e-4, "epochs": 8})
+    arm = train(config, tmp_path / "run")["results"]["arms"]["folded"]
+    assert 1 <= len(arm["front"]) <= 3
+    assert [row["bytes"] for row in arm["front"]] == sorted(row["bytes"] for row in arm["front"])
+    for row in arm["front"]:
+        path = tmp_path / "run" / row["file"]
+        assert path.stat().st_size == row["bytes"]
+        score = evaluate(load(path), load_data("digits", limit=160), "test", torch.device("cpu"))
+        assert (score.value, pytest.approx(score.loss)) == (row["score"], row["loss"])
+    train(TrainConfig(**{**COMPRESSED, "epochs": 1, "method": "fold", "target": None}), tmp_path / "run", force=True)
+    assert not list((tmp_path / "run").glob("front-*.wfp")), "files of an earlier run"

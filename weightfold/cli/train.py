@@ -82,6 +82,12 @@ def train(
     strength: Annotated[
         float | None, typer.Option(metavar="NATS", help="self-compress: cost of a bit, in place of a target.")
     ] = None,
+    activation_strength: Annotated[
+        float, typer.Option(metavar="NATS", help="self-compress: cost of all bit operations, for inputs of few bits.")
+    ] = 0.0,
+    pareto: Annotated[
+        int, typer.Option(metavar="N", help="self-compress: keep N networks between size and loss as files.")
+    ] = 0,
     max_increase: Annotated[float, typer.Option(help="Largest rise of the probe loss that is accepted.")] = 0.1,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the dense network.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/DATA")] = None,
@@ -117,6 +123,8 @@ def train(
         "time_goal": time_goal,
         "target": target,
         "strength": strength,
+        "activation_strength": activation_strength,
+        "pareto": pareto,
         "max_increase": max_increase,
         "dense": not no_dense,
         "device": device.value,
@@ -243,6 +251,7 @@ def print_run(out: Path, run: dict[str, Any]) -> None:
     show.table(["", *heads, *(["change"] if both else [])], rows, right=(1, 2, 3), title=title)
     if "packed" in results["arms"].get("folded", {}):
         print_layers(results["arms"]["folded"])
+        print_front(results["arms"]["folded"])
     console = show.console()
     for line in remarks(results):
         console.print(line)
@@ -266,6 +275,16 @@ def print_layers(arm: Mapping[str, Any]) -> None:
         share = f"{left:,} of {full:,}"
         rows.append([layer["name"], f"{living} of {channels}", share, f"{layer['bits']:.1f}", f"{taken:,.0f}"])
     show.table(["layer", "channels", "weights left", "bits", "bytes"], rows, right=(1, 2, 3, 4))
+
+
+def print_front(arm: Mapping[str, Any]) -> None:
+    """Print the networks that were kept on the way."""
+    rows = [
+        [row["file"], f"{row['bytes']:,}", show.quantity(row["score"], "share"), f"{row['step']:,}"]
+        for row in arm.get("front", ())
+    ]
+    if rows:
+        show.table(["kept on the way", "bytes", "test score", "step"], rows, right=(1, 2, 3))
 
 
 def remarks(results: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Saved models and files for other runtimes, each loaded back and compared before it gets its name."""
 
-from weightfold.export.blueprint import Blueprint
+from weightfold.blueprint import Blueprint
 from weightfold.export.check import Exported
 from weightfold.export.packed import load_packed, promised_packed_bytes, save_compressed, save_packed
 from weightfold.export.saved import load, save_model

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from weightfold.artifact import Builder, CodedTensor, Input, Structure, read_header
 from weightfold.artifact.format import KEY, read_structure
 from weightfold.artifact.packed import SUFFIX, read_packed
+from weightfold.blueprint import Blueprint
 from weightfold.data import load_model
 from weightfold.errors import ArtifactError, ConfigError
-from weightfold.export.blueprint import Blueprint
 from weightfold.export.example import parse_input, task_input
 from weightfold.export.saved import load, model_file
 from weightfold.export.source import Source

@@ -13,8 +13,8 @@ from weightfold.artifact import Builder
 from weightfold.artifact.coded import CodedTensor
 from weightfold.artifact.matrix import Coding
 from weightfold.artifact.packed import SUFFIX, Array, Packed, PackedSizes, promised_bytes, read_packed, write_packed
+from weightfold.blueprint import Blueprint, find_aliases, rebuild_, state_tensors
 from weightfold.errors import ArtifactError, ConfigError, ExportError
-from weightfold.export.blueprint import Blueprint, find_aliases, rebuild_, state_tensors
 from weightfold.export.saved import make, structure_of
 from weightfold.export.source import Source
 from weightfold.quant.codes import CodedModel
@@ -40,7 +40,7 @@ def save_packed(
     Example:
         >>> import tempfile
         >>> from weightfold.artifact import Builder
-        >>> from weightfold.export.blueprint import Blueprint
+        >>> from weightfold.blueprint import Blueprint
         >>> net = nn.Linear(3, 2)
         >>> codes = CodedTensor(np.array([[1, 0, -1], [0, 2, 0]], np.int16), np.array([-16, -8], np.int16))
         >>> fill_(net, {"weight": codes})

@@ -16,9 +16,9 @@ from weightfold.artifact import Builder, Input, Structure, read_structure, write
 from weightfold.artifact.format import check_tensors, to_metadata
 from weightfold.artifact.header import fingerprint
 from weightfold.artifact.packed import SUFFIX
+from weightfold.blueprint import Blueprint, rebuild_, state_tensors
 from weightfold.data import load_weights_
 from weightfold.errors import ArtifactError, ConfigError
-from weightfold.export.blueprint import Blueprint, rebuild_, state_tensors
 from weightfold.export.embedded import PROGRAM, program_module
 from weightfold.fingerprint import fingerprint as model_fingerprint
 from weightfold.models import TaskSpec, build

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weightfold.artifact import Builder, CodedTensor, Input
-from weightfold.export.blueprint import Blueprint
+from weightfold.blueprint import Blueprint
 from weightfold.quant.activations import Grid
 
 

@@ -22,8 +22,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,11 +43,11 @@ from weightfold.graph.group import ChannelGroup
 from weightfold.methods.base import Method, Moment, Proposal, check_liked
 from weightfold.quant.activations import Activations
 from weightfold.quant.activations import Grid as InputGrid
-from weightfold.quant.attached import plain_copy
 from weightfold.quant.budget import Budget, Caution, Ramp, expected_accuracy, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, evenly, first_of_blocks, observe_spans
 from weightfold.quant.fake import start, step_index
+from weightfold.quant.front import Front, Point
 from weightfold.quant.learner import Learner
 from weightfold.size import count_macs, file_bytes, unique_state
 from weightfold.widths import Grid
@@ -114,31 +113,11 @@ class SelfCompressConfig(Config):
         return self
 
 
-@dataclass(frozen=True, eq=False)
-class Point:
-    """A network of the front of size against loss.
-
-    Args:
-        n_bytes: of its file.
-        loss: on the probe.
-        step: of the run.
-        network: plain, with exactly the file's values.
-        tensors: of the file.
-    """
-
-    n_bytes: float
-    loss: float
-    step: int
-    network: nn.Module
-    tensors: CodedModel
-
-
 class SelfCompress(Method):
     """Learns bits and channels in training, down to a size or as far as accuracy allows.
 
     Attributes:
         history: one record for each look: step, bytes of the file, λ; by tensor: bits, rows and weights that live.
-        front: networks kept on the way, the smallest first.
         result: tensors of the file, once converted.
         grids: with ``activation_strength``, the grid of each layer's input, once converted.
 
@@ -160,10 +139,10 @@ class SelfCompress(Method):
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         super().__init__(config, **settings)
         self.history: list[dict[str, Any]] = []
-        self.front: list[Point] = []
         self.result: CodedModel | None = None
         self.grids: dict[str, InputGrid] = {}
         self.refused: dict[str, str] = {}
+        self._front = Front(self.config.pareto)
         self._names: list[str] = []
         self._class = ""
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -255,6 +234,11 @@ class SelfCompress(Method):
 
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         return () if self._learner is None else self._learner.optimizers
+
+    @property
+    def front(self) -> list[Point]:
+        """Networks kept on the way, the smallest first."""
+        return self._front.points
 
     @property
     def promised_bytes(self) -> float:
@@ -383,7 +367,9 @@ class SelfCompress(Method):
         late = moment.step >= self.config.reach * moment.total_steps / 2
         if self.config.pareto and late and moment.probe and moment.loss is not None and moment.ranks.leads:
             found = losses(moment.model, moment.probe, moment.loss, moment.autocast)
-            self._keep_point(moment, sum(found) / len(found))
+            loss = sum(found) / len(found)
+            inputs = [x for x, _ in moment.probe]
+            self._front.keep(self._size, loss, moment.step, moment.model, self._coded(moment.model), inputs)
         if moment.ranks.leads:
             self._warn(moment)
 
@@ -415,19 +401,6 @@ class SelfCompress(Method):
             parts = (quantiser.codes(weight).to("cpu", torch.int16), step_index(quantiser.exponent_R).cpu())
             out[name] = zlib.crc32(b"".join(part.numpy().tobytes() for part in parts))
         return out
-
-    def _keep_point(self, moment: Moment, loss: float) -> None:
-        """Keep the network of this moment if none that is kept is smaller and better."""
-        if not math.isfinite(loss) or any(p.n_bytes <= self._size and p.loss <= loss for p in self.front):
-            return
-        tensors, network = self._coded(moment.model), plain_copy(moment.model)
-        tensors.load_into(network)
-        rest = [p for p in self.front if p.n_bytes < self._size or p.loss < loss]
-        front = sorted([*rest, Point(self._size, loss, moment.step, network, tensors)], key=lambda p: p.n_bytes)
-        while len(front) > self.config.pareto:
-            gaps = [math.log(larger.n_bytes / smaller.n_bytes) for smaller, larger in pairwise(front)]
-            front.pop(gaps.index(min(gaps)) + 1 if gaps else 0)
-        self.front = front
 
     # what is cut ----------------------------------------------------------------------------------------------------
 
@@ -546,8 +519,17 @@ class SelfCompress(Method):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            **self.shared_state(),
             "learner": None if self._learner is None else self._learner.state_dict(),
             "activations": None if self._activations is None else self._activations.state_dict(),
+            "front": [] if self._learner is None else self._front.to_state(self._learner.model),
+        }
+
+    def shared_state(self) -> dict[str, Any]:
+        return {
+            "learner": None,
+            "activations": None,
+            "front": [],
             "aim": self._aim.to_state(),
             "numbers": [self._size, self._rest, self._ratio, self._peak_lr],
             "guard": [self._best_loss, self._guarded],
@@ -565,9 +547,6 @@ class SelfCompress(Method):
         self._still, self.history = dict(state["still"]), list(state["history"])
         self._loaded = state
 
-    def shared_state(self) -> dict[str, Any]:
-        return {**self.state_dict(), "learner": None, "activations": None}
-
     def take_up(self, moment: Moment) -> None:
         state, self._loaded = self._loaded, None
         if state is None or state["learner"] is None:
@@ -578,6 +557,7 @@ class SelfCompress(Method):
         self._activations = self._new_activations(moment)
         if self._activations is not None:
             self._activations.load_state(state["activations"])
+        self._front.load_state(state["front"], moment.model)
 
 
 def _mean_bits(bits_R: Any) -> float:

@@ -153,7 +153,7 @@ def coded_model(model: nn.Module, quantisers: Mapping[str, tuple[Tensor, Tensor]
         elif name in named and is_bias(name, value):
             coded[name] = coded_vector(value, bias_bits)
         else:
-            plain[name] = _stored(value)
+            plain[name] = stored(value)
     return CodedModel(coded, plain)
 
 
@@ -195,7 +195,8 @@ def trim(coded: Mapping[str, CodedTensor], prices: Mapping[str, Prices], bits: f
     return out
 
 
-def _stored(value: Tensor) -> np.ndarray:
+def stored(value: Tensor) -> np.ndarray:
+    """A tensor that has no codes as a file holds it: numbers in half precision."""
     value = value.detach().cpu()
     if not value.is_floating_point():
         return value.numpy()

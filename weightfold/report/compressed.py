@@ -41,7 +41,10 @@ def bits(facts: Facts) -> str:
         '<div class="card scroll" tabindex="0" role="region" aria-label="Bits by layer over the run">'
         f'<div class="wide">{bits_picture(facts.bits)}</div></div>'
     )
-    return f'<section><h2>Bits by layer</h2><p class="note">{note}</p>{picture}{_table(facts, packed)}</section>'
+    return (
+        f'<section><h2>Bits by layer</h2><p class="note">{note}</p>{picture}{_table(facts, packed)}'
+        f"{_front(facts)}</section>"
+    )
 
 
 def _table(facts: Facts, packed: dict[str, Any]) -> str:
@@ -61,6 +64,26 @@ def _table(facts: Facts, packed: dict[str, Any]) -> str:
         '<div class="card scroll" style="margin-top:0.8rem" tabindex="0" role="region" aria-label="Layers of the file">'
         f'<table><thead>{head}</thead><tbody>{rows}</tbody></table></div><p class="note" '
         f'style="margin-top:0.7rem">{note}</p>'
+    )
+
+
+def _front(facts: Facts) -> str:
+    """The networks that were kept on the way."""
+    front = facts.results["arms"]["folded"].get("front")
+    if not front:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row"><code>{escape(row["file"])}</code></th><td class="n">{row["bytes"]:,}</td>'
+        f'<td class="n">{row["score"]:.4f}</td><td class="n">{row["step"]:,}</td></tr>'
+        for row in front
+    )
+    head = (
+        '<tr><th>Kept on the way</th><th class="n">Bytes</th>'
+        f'<th class="n">Test {escape(facts.results["score"])}</th><th class="n">Step</th></tr>'
+    )
+    return (
+        '<div class="card scroll" style="margin-top:0.8rem" tabindex="0" role="region" aria-label="Networks kept">'
+        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
     )
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from weightfold.artifact import Structure, drafting, read_structure
 from weightfold.audit.history import Change, History, history_of
+from weightfold.blueprint import Blueprint, state_tensors
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export import save_model
-from weightfold.export.blueprint import Blueprint, state_tensors
 from weightfold.export.example import zeros
 from weightfold.export.opened import open_model
 from weightfold.export.saved import write_structure

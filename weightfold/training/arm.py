@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.artifact import Builder, Structure
+from weightfold.blueprint import Blueprint, rebuild_
 from weightfold.data.dataset import Batch
 from weightfold.errors import ConfigError
-from weightfold.export.blueprint import Blueprint, rebuild_
 from weightfold.export.example import task_input
 from weightfold.export.source import Source
 from weightfold.ledger import Ledger
@@ -296,4 +296,5 @@ def make_method(config: TrainConfig) -> Method:
 def _compression(config: TrainConfig) -> dict[str, Any]:
     """Settings of self-compression."""
     dials = {name: getattr(config, name) for name in ("target", "max_accuracy_loss", "strength", "liked")}
-    return {"at": config.at, **{name: value for name, value in dials.items() if value is not None}}
+    more = {"activation_strength": config.activation_strength, "pareto": config.pareto}
+    return {"at": config.at, **more, **{name: value for name, value in dials.items() if value is not None}}

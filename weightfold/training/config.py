@@ -62,6 +62,10 @@ class TrainConfig(Config):
     """self_compress: size of the file, "48 kB", "1.5%" of the float file, or a number of bytes"""
     strength: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """self_compress: what a bit of the file costs in the loss, in nats, in place of `target`"""
+    activation_strength: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """self_compress: what all bit operations of a sample cost in the loss, in nats; 0: layers' inputs stay float"""
+    pareto: int = Field(default=0, ge=0, le=16)
+    """self_compress: how many networks on the front of size against loss to keep as files"""
     liked: dict[str, list[int]] | None = None
     """widths that the target's kernels like, by channel group, as `weightfold tune` measured them"""
     race: Race | None = None
@@ -82,7 +86,8 @@ class TrainConfig(Config):
         """Each dial belongs to a method, and a run turns one."""
         compresses = self.method == "self_compress"
         given = [n for n in ("target", "strength", "max_accuracy_loss", "time_goal") if getattr(self, n) is not None]
-        foreign = [name for name in given if name in ("target", "strength") and not compresses]
+        given += [name for name in ("activation_strength", "pareto") if getattr(self, name)]
+        foreign = [name for name in given if name not in ("max_accuracy_loss", "time_goal") and not compresses]
         if foreign:
             raise ValueError(f"'{foreign[0]}' is a setting of the method 'self_compress', not of '{self.method}'")
         for name in ("liked", "race"):
@@ -90,8 +95,9 @@ class TrainConfig(Config):
                 raise ValueError(f"'{name}' is no setting of the method '{self.method}'")
         if compresses and "time_goal" in given:
             raise ValueError("'time_goal' is a setting of the method 'fold', not of 'self_compress'")
-        if compresses and len(given) > 1:
-            raise ValueError(f"'{given[0]}' and '{given[1]}' exclude each other: give one")
+        aims = [name for name in given if name not in ("activation_strength", "pareto")]
+        if compresses and len(aims) > 1:
+            raise ValueError(f"'{aims[0]}' and '{aims[1]}' exclude each other: give one")
         return self
 
     def resolved(self, task: TaskSpec) -> Self:

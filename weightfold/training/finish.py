@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import nn
 
 from weightfold.artifact import Builder
+from weightfold.blueprint import find_aliases, state_tensors
 from weightfold.data import Dataset
 from weightfold.export import Source, save_model, save_packed
-from weightfold.export.blueprint import find_aliases, state_tensors
 from weightfold.export.example import task_input
 from weightfold.export.saved import write_structure
 from weightfold.fingerprint import digest, fingerprint
@@ -51,6 +52,7 @@ def finish(arms: Mapping[str, Arm], data: Dataset, ledger: Ledger, out: Path, bu
         if arm.start is not None:
             source = Source(models[name], (task_input(data.task),), arm.before, builder, ledger.head)
             _add_packed(results["arms"][name], arm, source, out / files.PACKED)
+            _add_front(results["arms"][name], arm, source, data, out)
             ledger.log_metrics(arm.total_steps, final_values(results["arms"][name]))
     return results
 
@@ -107,6 +109,17 @@ def _add_packed(facts: dict[str, Any], arm: Arm, source: Source, path: Path) -> 
     facts["packed"] = packed_facts(source, coded, sizes, arm.start)
     facts["plain_bytes"], facts["size_bytes"] = facts["size_bytes"], sizes.total_bytes
     facts["file"] = path.name
+
+
+def _add_front(facts: dict[str, Any], arm: Arm, source: Source, data: Dataset, out: Path) -> None:
+    """Write the networks of the front, the smallest first, and score them."""
+    assert arm.quantising is not None
+    for point, name in zip(arm.quantising.front, files.FRONT, strict=False):
+        network = point.network.eval()
+        sizes = save_packed(replace(source, model=network), point.tensors.coded, out / name)
+        score = evaluate(network, data, "test", arm.device)
+        row = {"file": name, "bytes": sizes.total_bytes, "step": point.step, "score": score.value, "loss": score.loss}
+        facts.setdefault("front", []).append(row)
 
 
 def _add_wall_clock(

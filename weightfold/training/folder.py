@@ -16,9 +16,10 @@ MODEL = "model.safetensors"
 PACKED = "model.wfp"
 DENSE = "dense.safetensors"
 STRUCTURE = "structure.json"
+FRONT = tuple(f"front-{k}.wfp" for k in range(1, 17))
 REPORT = "report.html"
 CHECKPOINT = "checkpoint.safetensors"
-OURS = (RUN, LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", MODEL, PACKED, DENSE, STRUCTURE, REPORT, CHECKPOINT)
+OURS = (RUN, LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", MODEL, PACKED, DENSE, STRUCTURE, REPORT, CHECKPOINT, *FRONT)
 HASHED = (LEDGER, MODEL, PACKED, DENSE, STRUCTURE)
 FORMAT = 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from weightfold.bench.tune import check_not_slower
 from weightfold.errors import ExportError
 from weightfold.export.source import Source
+from weightfold.quant.attached import plain_copy
 from weightfold.training.config import Race
 
 
@@ -51,5 +51,5 @@ class NotSlower:
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """A copy to be written in evaluation mode, on the CPU."""
-    return copy.deepcopy(model).cpu().eval()
+    """A copy to be written: in evaluation mode, on the CPU, without quantisers."""
+    return plain_copy(model).cpu().eval()
