@@ -22,7 +22,12 @@ def switch(
         )
     with objects.lease():
         base = _known(catalogue, parent)
-        found = digest_of(Reader(catalogue, objects).decode(blob, base))
+        try:
+            found = digest_of(Reader(catalogue, objects).decode(blob, base))
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"The difference to {parent[:12]} cannot be read: {error.message}", remedy=_AGAIN
+            ) from None
         if found != decoded:
             raise ArtifactError(
                 f"The difference to {parent[:12]} gives {found[:12]} instead of {decoded[:12]}.", remedy=_AGAIN

@@ -57,7 +57,7 @@ def to_blob(state: Mapping[str, Tensor]) -> bytes:
 
 
 def from_blob(data: bytes) -> dict[str, Tensor]:
-    """Read tensors that were written in full.
+    """Read tensors that were written in full, in the order of their names.
 
     Raises:
         ArtifactError: the bytes are no such file.
@@ -65,7 +65,7 @@ def from_blob(data: bytes) -> dict[str, Tensor]:
     try:
         state = load(data)
         aliases = json.loads(parse_header(data, "a blob").metadata.get(ALIASES, "{}"))
-        return state | {alias: state[name] for alias, name in aliases.items()}
+        return dict(sorted((state | {alias: state[name] for alias, name in aliases.items()}).items()))
     except (SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(f"The bytes are no tensors: {error}.") from None
 
@@ -123,7 +123,7 @@ class Reader:
             self._cache.move_to_end(content.decoded)
             return self._cache[content.decoded]
         try:
-            state = self._undone(content, depth)
+            state = dict(sorted(self._undone(content, depth).items()))
             if digest_of(state) != content.decoded:
                 raise ArtifactError(
                     f"The blob '{self._objects.path(content.blob)}' gives other tensors than were stored."

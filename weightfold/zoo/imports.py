@@ -20,6 +20,7 @@ from weightfold.artifact.format import KEY, check_tensors, parse_structure
 from weightfold.artifact.packed import SUFFIX as PACKED
 from weightfold.data.checkpoint import read_tensors
 from weightfold.errors import ArtifactError
+from weightfold.export.card import run_facts
 from weightfold.export.opened import is_saved
 from weightfold.export.saved import model_file
 from weightfold.fingerprint import digest
@@ -160,7 +161,7 @@ def _of_saved(path: Path) -> Imported:
         )
     return Imported(
         state, found, name_of(path), str(path), structure.builder.name, structure, dict(header.metadata),
-        facts=_facts_of_run(path.parent),
+        facts=_facts_of_run(path),
     )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def _of_packed(path: Path) -> Imported:
     structure = packed.structure.model_copy(update={"fingerprint": found})
     return Imported(
         state, found, name_of(path), str(path), structure.builder.name, structure, {KEY: structure.to_json()},
-        facts=_facts_of_run(path.parent),
+        facts=_facts_of_run(path),
     )  # fmt: skip
 
 
@@ -254,20 +255,17 @@ def name_of(path: Path) -> str:
     return path.name
 
 
-def _facts_of_run(folder: Path) -> dict[str, Any]:
-    """What the ledger of a run says of its score: that of the model on the test set."""
-    file = folder / "ledger.db"
-    if not file.is_file():
+def _facts_of_run(path: Path) -> dict[str, Any]:
+    """What the run says whose model this is: its score on the test set under the score's name, its data and method."""
+    if path.stem != "model":
         return {}
-    from weightfold.ledger import Ledger
-
-    with Ledger.open(file, readonly=True) as ledger:
-        results = [entry.body for entry in ledger.entries(kind="result")]
-    arms = results[-1].get("arms") if results else None
-    if not isinstance(arms, dict):
+    try:
+        known = run_facts(path.parent)
+    except ArtifactError:  # a run of another kind; its tensors are as good
         return {}
-    scores = {name: arm["score"] for name, arm in arms.items() if isinstance(arm, dict) and "score" in arm}
-    return {"scores": scores} if scores else {}
+    if not known:
+        return {}
+    return {known["score"]: known["after"]["value"], "data": known["data"]["name"], "method": known["method"]}
 
 
 def _is_model_folder(path: Path) -> bool:

@@ -53,21 +53,22 @@ class Zoo:
         (6, 'ones', 6.0)
     """
 
-    def __init__(self, folder: Path, catalogue: Catalogue, objects: Objects) -> None:
+    def __init__(self, folder: Path, catalogue: Catalogue, objects: Objects, tracer: Tracer | None = None) -> None:
         self.folder = folder
         self._catalogue, self._objects = catalogue, objects
         self._reader = Reader(catalogue, objects)
-        self._tracer = Tracer()
+        self._tracer = tracer or Tracer()
         self._tables: dict[str, Symmetries] = {}
         self._written: dict[int, tuple[Symmetries, bytes]] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, *, create: bool = True) -> Zoo:
+    def open(cls, folder: str | Path, *, create: bool = True, tracer: Tracer | None = None) -> Zoo:
         """Open the zoo in a folder; a context manager.
 
         Args:
             folder: of the zoo; made if it is missing.
             create: make a new zoo where there is none.
+            tracer: what was traced before, to share it with other zoos.
         Raises:
             ArtifactError: there is none, the folder holds something else, or its catalogue is damaged.
         """
@@ -83,7 +84,7 @@ class Zoo:
         make_folder(folder)
         objects = Objects(folder)
         objects.prepare()
-        return cls(folder, Catalogue(folder / CATALOGUE), objects)
+        return cls(folder, Catalogue(folder / CATALOGUE), objects, tracer)
 
     def __enter__(self) -> Self:
         return self
@@ -246,7 +247,7 @@ class Zoo:
         return self.card(ref) if card is None else card
 
     def state(self, ref: str) -> dict[str, Tensor]:
-        """The tensors of a model, verified: the caller's own copies, a tied one the same object under each name.
+        """The tensors of a model, verified, in the order of their names: the caller's own, ties kept as one object.
 
         Raises:
             ConfigError: there is no such model.
