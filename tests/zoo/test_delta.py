@@ -64,7 +64,9 @@ def test_any_bits_of_any_type_come_back(dtype: torch.dtype, near: bool) -> None:
 
 
 def test_signed_zeros_and_nan_payloads_survive_a_prediction() -> None:
-    bits = torch.tensor([0x80000000 - (1 << 32), 0, 0x7FC00001, 0xFFC12345 - (1 << 32), 0x7F800000, 1], dtype=torch.int32)
+    bits = torch.tensor(
+        [0x80000000 - (1 << 32), 0, 0x7FC00001, 0xFFC12345 - (1 << 32), 0x7F800000, 1], dtype=torch.int32
+    )
     child = {"w": bits.view(torch.float32)}
     parent = {"w": torch.tensor([0.0, -0.0, 1.0, -2.0, 3.0, 0.0])}
     assert decode(encode(child, parent), parent)["w"].view(torch.int32).tolist() == bits.tolist()

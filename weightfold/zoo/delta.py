@@ -5,8 +5,8 @@
 1. The parent is **moved** towards the child by symmetries (`moves`): channels change places, signs, scales.
 2. Each tensor then is one of: what is predicted; a copy of an earlier one (ties); a difference exact to the bit
    (`lossless`); multiples of a step (`lossy`); plain bytes.
-3. The side part is one range-coded stream: layout where it is not the parent's, moves, modes, scales, tables, codes. The
-   body holds the interleaved streams and raw bits of exact differences.
+3. The side part is one range-coded stream: layout where it is not the parent's, moves, modes, scales, tables, codes.
+   The body holds the interleaved streams and raw bits of exact differences.
 
 Lossless decoding gives the child whatever the prediction is worth: a residual makes up for it. The prediction itself is
 gathers and single products only, so every machine makes the same. The checksum covers the file and the decoded tensors:
@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from weightfold.artifact.coded import corrupt
@@ -29,7 +27,7 @@ from weightfold.artifact.decisions import Contexts
 from weightfold.artifact.rangecoder import Decoder, Encoder
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.fingerprint import digest
-from weightfold.zoo import lossless, lossy, moves
+from weightfold.zoo import lossy, movecode, moves, numbers
 from weightfold.zoo.layout import (
     Entry,
     Reader,
@@ -37,27 +35,22 @@ from weightfold.zoo.layout import (
     entries_of,
     kind_of,
     read_layout,
-    rounded_bits,
     same_layout,
     tensor_of,
     values_of,
     varint,
     write_layout,
 )
+from weightfold.zoo.modes import read_tensors, ties_of, write_tensors
 from weightfold.zoo.moves import FACTOR_DIGITS, FINE_DIGITS, Alignment
-from weightfold.zoo.numbers import Array
+from weightfold.zoo.predicted import REAL, movable, moved_parent, rescaled, spread
 
 State = Mapping[str, Tensor]
 EXACT, STEPS = 0xD1, 0xD2
 """First byte of a difference."""
 N_CHECK = 8
-SAME, NEAR, COPY, CODES, PLAIN = range(5)
-"""Modes of a tensor."""
-REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""Types that may be rounded to steps."""
 FINE, COARSE = (FACTOR_DIGITS, FINE_DIGITS), (3,)
 """Binary digits of factors that are tried for exact differences, and where weights are rounded anyway."""
-
 
 
 def encode(
@@ -78,6 +71,7 @@ def encode(
         ArtifactError: a tensor is sparse or quantised, and cannot be stored so.
         ConfigError: the step is not above 0.
     Example:
+        >>> import torch
         >>> parent = {"w": torch.arange(6.0).reshape(2, 3)}
         >>> child = {"w": parent["w"] + torch.tensor([0.0, 0.5, 0.0])}
         >>> torch.equal(decode(encode(child, parent), parent)["w"], child["w"])
@@ -135,70 +129,43 @@ def _fits(entries: Sequence[Entry], parent: State, n_bytes: int) -> bool:
     return sum(e.size_bytes for e in entries) <= 8 * owned + 256 * n_bytes + 65536
 
 
-# the moved parent -----------------------------------------------------------------------------------------------------
+def estimate(
+    child: State, parent: State, *, moves: Alignment | None = None, step: float | None = None, n: int = 1 << 15
+) -> float:
+    """About how many bytes `encode` would take, told by some numbers of each tensor and by no coding.
 
-
-@dataclass(frozen=True, eq=False)
-class _Moved:
-    """The parent in the child's order: bits of each tensor of the child's layout, shaped, and their types.
-
-    ``factors`` are what numbers are multiplied by then, for the tensors that have any.
+    Args:
+        n: numbers of each tensor that are looked at.
+    Example:
+        >>> import torch
+        >>> parent = {"w": torch.randn(64, 64, generator=torch.Generator().manual_seed(0))}
+        >>> child = {"w": parent["w"] + 0.01}
+        >>> 0.8 < estimate(child, parent) / len(encode(child, parent)) < 1.25
+        True
     """
-
-    entries: Sequence[Entry]
-    arrays: Sequence[Array]
-    dtypes: Sequence[torch.dtype]
-    factors: Mapping[int, Array]
-    balance: Mapping[int, Array]
-
-    def predicted(self, i: int) -> Array:
-        """The bits that are predicted for a tensor, in a line; zeros where it has no counterpart."""
-        entry, array = self.entries[i], np.ascontiguousarray(self.arrays[i])
-        if i not in self.factors and self.dtypes[i] == entry.dtype:
-            return array.reshape(-1)
-        return rounded_bits(self.values(i) * self.factor(i), entry.dtype).reshape(-1)
-
-    def values(self, i: int) -> Array:
-        """The parent's numbers, float64, before factors."""
-        return _floats(self.arrays[i], self.dtypes[i])
-
-    def factor(self, i: int) -> Array:
-        """What takes the parent's numbers to the child's scale."""
-        return self.factors.get(i, np.ones(1))
-
-    def basis(self, i: int) -> tuple[Array, Array]:
-        """The parent's numbers in the scale in which steps are taken, and what takes that to the child's."""
-        balance = self.balance.get(i, np.ones(1))
-        return self.values(i) * balance, self.factor(i) / balance
+    entries = entries_of(child, parent)
+    moved, bits = moved_parent(entries, parent, moves or Alignment(), False), 0.0
+    for i, entry in enumerate(entries):
+        if entry.numel == 0:
+            continue
+        some = slice(None, None, 1 + entry.n_units // n)
+        own, predicted = bits_of(child[entry.name])[some], moved.predicted(i)[some]
+        kind = kind_of(entry.dtype)
+        places = [numbers.ordered(b, kind).astype(np.float64) for b in (own, predicted)]
+        away = np.abs(places[0] - places[1])
+        each = np.where(away > 0, np.log2(away + 1) + 1.5, 0.0)
+        if step is not None and entry.dtype in REAL:
+            q = np.abs(np.nan_to_num(values_of(own, entry.dtype) - values_of(predicted, entry.dtype))) / step
+            each = np.where(q > lossy.DEAD, 2 * np.log2(q + 1) + 3, 0.05)
+        bits += float(np.minimum(each, kind.n_bits).mean()) * entry.n_units
+    return bits / 8 + 32
 
 
-def _floats(bits: Array, dtype: torch.dtype) -> Array:
-    return values_of(np.ascontiguousarray(bits), dtype).astype(np.float64)
-
-
-def _moved(entries: Sequence[Entry], parent: State, found: Alignment, lossy_: bool) -> _Moved:
-    owned = list(parent.values())
-    arrays, dtypes = [], []
-    for entry in entries:
-        dtype = entry.dtype if entry.source is None else owned[entry.source].dtype
-        shape = (*entry.shape, 2) if dtype.is_complex else entry.shape
-        bits = np.zeros(entry.n_units, kind_of(dtype).unsigned) if entry.source is None else bits_of(owned[entry.source])
-        arrays.append(bits.reshape(shape))
-        dtypes.append(dtype)
-    shapes = [entry.shape for entry in entries]
-    arrays = moves.moved(found, arrays)
-    balance = {}
-    if lossy_ and found.factors:
-        named = {p.tensor for m in found.factors for p in m.places}
-        values = [_floats(a, t) if i in named else a for i, (a, t) in enumerate(zip(arrays, dtypes, strict=True))]
-        balance = moves.balance_of(found, values, shapes)
-    return _Moved(entries, arrays, dtypes, moves.factors_of(found, shapes), balance)
-
-
-def _movable(entries: Sequence[Entry]) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that moves may name; others count as having no dimension."""
-    real = [e.source is not None and e.dtype.is_floating_point for e in entries]
-    return [e.shape if yes else () for e, yes in zip(entries, real, strict=True)]
+def spread_of(child: State, parent: State, moves: Alignment | None = None) -> float:
+    """The root mean square of the differences between a child's matrices and its moved parent's."""
+    entries = entries_of(child, parent)
+    moved = moved_parent(entries, parent, moves or Alignment(), True)
+    return spread(moved, [bits_of(child[e.name]) for e in entries])
 
 
 # writing --------------------------------------------------------------------------------------------------------------
@@ -219,28 +186,16 @@ def _write(
     bits = [bits_of(child[e.name]) for e in entries]
     whole, found = found, moves.with_digits(found, digits)
     if step is not None:
-        bits = _rescaled(entries, bits, whole, found)
-    moves.write(coder, found, digits)
-    moved = _moved(entries, parent, found, step is not None)
+        bits = rescaled(entries, bits, whole, found)
+    movecode.write(coder, found, digits)
+    moved = moved_parent(entries, parent, found, step is not None)
     coder.learn(step is not None, flags.of(2))
     if step is not None:
-        step = lossy.rounded_step(_absolute(moved, bits, step) if relative else step)
+        step = lossy.rounded_step(step * (spread(moved, bits) or 1.0) if relative else step)
         lossy.write_step(coder, step)
-    body = _write_tensors(coder, flags, moved, bits, _ties(child), step, plain)
+    body = write_tensors(coder, flags, moved, bits, ties_of(child), step, plain)
     side = coder.finish()
     return varint(len(side)) + side + body
-
-
-def _rescaled(entries: Sequence[Entry], bits: Sequence[Array], whole: Alignment, coarse: Alignment) -> list[Array]:
-    """A child whose channels have the scales that coarse factors give them: other numbers, the same function."""
-    shapes = [e.shape for e in entries]
-    one, two = moves.factors_of(whole, shapes), moves.factors_of(coarse, shapes)
-    out = list(bits)
-    for i in one:
-        entry = entries[i]
-        values = values_of(bits[i], entry.dtype).reshape(entry.shape).astype(np.float64) * (two[i] / one[i])
-        out[i] = np.where(np.isfinite(values).reshape(-1), rounded_bits(values, entry.dtype).reshape(-1), bits[i])
-    return out
 
 
 def _write_layout(coder: Encoder, flags: Contexts, entries: Sequence[Entry], parent: State) -> None:
@@ -253,99 +208,6 @@ def _write_layout(coder: Encoder, flags: Contexts, entries: Sequence[Entry], par
             coder.raw(byte, 8)
 
 
-def _write_tensors(
-    coder: Encoder,
-    flags: Contexts,
-    moved: _Moved,
-    bits: Sequence[Array],
-    ties: Mapping[int, int],
-    step: float | None,
-    plain: bool,
-) -> bytes:
-    """Code each tensor in the mode that suits it."""
-    grains, lines, body = lossy.Grains(), [], bytearray()
-    twins = _twins(moved.entries, bits, ties)
-    before = SAME
-    for i, entry in enumerate(moved.entries):
-        codes, grain = None, lossy.Grain(False, 0)
-        predicted = moved.predicted(i)
-        alone = plain and entry.source is None
-        if i not in ties and not alone and np.array_equal(bits[i], predicted):
-            mode = SAME
-        elif i in twins:
-            mode = COPY
-        elif alone:
-            mode = PLAIN
-        else:
-            mode = NEAR
-            if step is not None and entry.source is not None and entry.dtype in REAL:
-                codes, grain = _codes(moved, i, bits[i], predicted, step)
-                mode = NEAR if codes is None else CODES
-        _write_mode(coder, flags, mode, before)
-        before = mode
-        if mode == COPY:
-            coder.raw(twins[i], 24)
-            coder.learn(i in ties, flags.of(3))
-        elif mode == PLAIN:
-            body += bits[i].tobytes()
-        elif mode == NEAR:
-            lines.append((lossless.Line(entry, predicted), bits[i]))
-        elif mode == CODES and codes is not None:
-            grains.write(coder, grain)
-            lossy.write_codes(coder, codes, entry)
-    return bytes(body) + lossless.write(coder, [line for line, _ in lines], [own for _, own in lines])
-
-
-def _ties(state: State) -> dict[int, int]:
-    """Numbers of tensors that are the same object as an earlier one, and of that."""
-    first: dict[int, int] = {}
-    pairs = [(i, first.setdefault(id(value), i)) for i, value in enumerate(state.values())]
-    return {i: owner for i, owner in pairs if owner != i}
-
-
-def _twins(entries: Sequence[Entry], bits: Sequence[Array], ties: Mapping[int, int]) -> dict[int, int]:
-    """Numbers of tensors that equal an earlier one to the bit, and of that."""
-    first: dict[object, int] = {}
-    keys = [(hashlib.sha256(own).digest(), e.dtype, e.shape) for e, own in zip(entries, bits, strict=True)]
-    pairs = [(i, ties.get(i, first.setdefault(key, i))) for i, key in enumerate(keys)]
-    return {i: owner for i, owner in pairs if owner != i}
-
-
-def _codes(
-    moved: _Moved, i: int, bits: Array, predicted: Array, step: float
-) -> tuple[Array | None, lossy.Grain]:
-    entry = moved.entries[i]
-    values = values_of(bits, entry.dtype).reshape(entry.shape)
-    parent, factor = moved.basis(i)
-    grain = lossy.grain_of(values, parent * factor, entry, step)
-    own = grain.step(step)
-    if grain.ladder:
-        return lossy.ladder_codes(bits, predicted, entry, own), grain
-    return lossy.codes_of(values, parent, factor, own), grain
-
-
-def _absolute(moved: _Moved, bits: Sequence[Array], share: float) -> float:
-    """A share of the root mean square of all differences as a step."""
-    away = [
-        np.nan_to_num(_away(moved, i, bits[i]), posinf=0, neginf=0)
-        for i, e in enumerate(moved.entries)
-        if e.source is not None and e.dtype in REAL and len(e.shape) > 1
-    ]
-    return share * lossy.spread(away) or share
-
-
-def _away(moved: _Moved, i: int, bits: Array) -> Array:
-    parent, factor = moved.basis(i)
-    return values_of(bits, moved.entries[i].dtype).reshape(moved.entries[i].shape) / factor - parent
-
-
-def _write_mode(coder: Encoder, flags: Contexts, mode: int, before: int) -> None:
-    for n in range(PLAIN):
-        coder.learn(mode > n, flags.of(16 + 8 * before + n))
-        if mode == n:
-            return
-
-
 # reading --------------------------------------------------------------------------------------------------------------
 
 
@@ -355,10 +217,10 @@ def _read(payload: bytes, parent: State) -> dict[str, Tensor]:
     entries = _read_layout(decoder, flags, parent, len(payload))
     if not _fits(entries, parent, len(payload)):
         raise corrupt("its tensors are larger than its parent and its length explain")
-    found = moves.read(decoder, _movable(entries))
+    found = movecode.read(decoder, movable(entries))
     step = lossy.read_step(decoder) if decoder.learn(flags.of(2)) else None
-    moved = _moved(entries, parent, found, step is not None)
-    bits, ties = _read_tensors(decoder, flags, moved, step, reader)
+    moved = moved_parent(entries, parent, found, step is not None)
+    bits, ties = read_tensors(decoder, flags, moved, step, reader)
     made: list[Tensor] = []
     for i, entry in enumerate(entries):
         made.append(made[ties[i]] if i in ties else tensor_of(bits[i], entry.dtype, entry.shape))
@@ -372,62 +234,3 @@ def _read_layout(decoder: Decoder, flags: Contexts, parent: State, n_bytes: int)
     if size > n_bytes:
         raise corrupt(f"a list of tensors of {size} bytes")
     return read_layout(bytes(decoder.raw(8) for _ in range(size)), parent)
-
-
-def _read_tensors(
-    decoder: Decoder, flags: Contexts, moved: _Moved, step: float | None, reader: Reader
-) -> tuple[list[Array], dict[int, int]]:
-    """The bits of each tensor, and which are tied to which."""
-    grains, before = lossy.Grains(), SAME
-    found: list[Array] = []
-    lines: list[tuple[int, lossless.Line]] = []
-    copies: list[tuple[int, int]] = []
-    ties: dict[int, int] = {}
-    for i, entry in enumerate(moved.entries):
-        before = _read_mode(decoder, flags, before)
-        empty = np.empty(0, kind_of(entry.dtype).unsigned)
-        found.append(empty)
-        if before == COPY:
-            copies.append((i, _earlier(decoder, moved.entries, i)))
-            if decoder.learn(flags.of(3)):
-                ties[i] = copies[-1][1]
-        elif before == PLAIN:
-            found[i] = np.frombuffer(bytearray(reader.take(entry.size_bytes)), empty.dtype)
-        elif before == NEAR:
-            lines.append((i, lossless.Line(entry, moved.predicted(i))))
-        elif before == SAME:
-            found[i] = moved.predicted(i).copy()
-        else:
-            found[i] = _read_codes(decoder, grains, moved, i, step)
-    exact = lossless.read(decoder, [line for _, line in lines], reader.take(reader.n_left))
-    for (i, _), own in zip(lines, exact, strict=True):
-        found[i] = own
-    for i, source in copies:
-        found[i] = found[source].copy()
-    return found, ties
-
-
-def _read_mode(decoder: Decoder, flags: Contexts, before: int) -> int:
-    mode = 0
-    while mode < PLAIN and decoder.learn(flags.of(16 + 8 * before + mode)):
-        mode += 1
-    return mode
-
-
-def _earlier(decoder: Decoder, entries: Sequence[Entry], i: int) -> int:
-    source = decoder.raw(24)
-    if source >= i or (entries[source].dtype, entries[source].shape) != (entries[i].dtype, entries[i].shape):
-        raise corrupt(f"tensor {i} copies tensor {source}, which is another")
-    return source
-
-
-def _read_codes(decoder: Decoder, grains: lossy.Grains, moved: _Moved, i: int, step: float | None) -> Array:
-    entry = moved.entries[i]
-    if step is None or entry.source is None or entry.dtype not in REAL:
-        raise corrupt("codes where there can be none")
-    grain = grains.read(decoder)
-    codes, own = lossy.read_codes(decoder, entry), grain.step(step)
-    if grain.ladder:
-        return lossy.ladder_bits(codes, moved.predicted(i), entry, own)
-    values = lossy.values_of_codes(codes.reshape(entry.shape), *moved.basis(i), own)
-    return rounded_bits(values, entry.dtype).reshape(-1)

@@ -237,7 +237,7 @@ def values_of(bits: Array, dtype: torch.dtype) -> Array:
 
 
 def rounded_bits(values: Array, dtype: torch.dtype) -> Array:
-    """Bit patterns of numbers rounded to a floating type, ties to even; what is no number or below the normal ones is 0."""
+    """Bit patterns of numbers rounded to a floating type, ties to even; NaN and subnormal ones are 0."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         narrow = values.astype({torch.float64: np.float64, torch.float16: np.float16}.get(dtype, np.float32))
         if dtype == torch.bfloat16:

@@ -146,9 +146,7 @@ def _blocks(lines: Sequence[Line]) -> Iterator[tuple[Kind, list[tuple[int, int, 
             yield kind, pieces
 
 
-def _gather(
-    lines: Sequence[Line], scales: Sequence[Scales], pieces: list[tuple[int, int, int]]
-) -> tuple[Array, Array]:
+def _gather(lines: Sequence[Line], scales: Sequence[Scales], pieces: list[tuple[int, int, int]]) -> tuple[Array, Array]:
     """Predictions, and the scale of each number, int32, of a block."""
     predicted = np.concatenate([lines[i].predicted[at:end] for i, at, end in pieces])
     scale = [scales[i].of(lines[i], at, end) for i, at, end in pieces]

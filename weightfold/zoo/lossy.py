@@ -47,7 +47,7 @@ def rounded_step(step: float) -> float:
 
     Example:
         >>> rounded_step(0.02)
-        0.01995849609375
+        0.0198974609375
     """
     mantissa, exponent = frexp(step)
     return ldexp(int(ldexp(mantissa, STEP_DIGITS)), exponent - STEP_DIGITS)

@@ -1,9 +1,10 @@
 """Find the moves that make a parent look like its child: orders, signs, scales, without data.
 
-As in `weightfold.weights.align`, one group after the other, from those whose neighbours are settled, by linear assignment
-between rows; then twice more with all neighbours. Two things differ. Rows are compared by their cosine, tensor by tensor,
-for a channel may be scaled where it is written and divided where it is read. And only moves are sought that act on single
-numbers: no rotation inside a head or of a residual stream, which a decoder could not repeat to the bit.
+As in `weightfold.weights.align`, one group after the other, from those whose neighbours are settled, by linear
+assignment between rows; then twice more with all neighbours. Two things differ. Rows are compared by their cosine,
+tensor by tensor, for a channel may be scaled where it is written and divided where it is read. And only moves are
+sought that act on single numbers: no rotation inside a head or of a residual stream, which a decoder could not repeat
+to the bit.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def _orders(pair: _Pair, groups: list[Members]) -> dict[str, Tensor]:
             if sweep and group.kind == "blocks":
                 continue
             slots = pair.slots(group) if sweep else _settled(pair, group, settled)
-            scores = _block_scores(pair, group, groups, slots) if group.kind == "blocks" else _scores(pair, group, slots)
+            scores = (
+                _block_scores(pair, group, groups, slots) if group.kind == "blocks" else _scores(pair, group, slots)
+            )
             order = assign(scores, group.block)
             settled.add(group.name)
             if _gain(scores, order) > 1e-6:

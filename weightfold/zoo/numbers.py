@@ -27,6 +27,8 @@ BELOW = 8
 """Half octaves below one unit in the last place that scales tell apart: how likely a number is what was predicted."""
 NEAREST = 10
 """Octaves above them up to which each half has a context of its own."""
+MIDDLE = 64
+"""The class of a number with as many digits as expected."""
 N_CONTEXTS = 2 * (NEAREST + 1) + 2
 
 
@@ -130,12 +132,12 @@ def split(bits_N: Array, predicted_N: Array, expected: Expected, kind: Kind) -> 
     raised = np.maximum(3 - digits, 0).astype(np.uint64)
     top = (((size >> below) << raised) & np.uint64(3)).astype(np.int64)
     negative = distance < whole.type(0)
-    token = (((digits - expected.digits) & 255) << 3) | (top << 1) | negative
+    token = (((digits - expected.digits + MIDDLE) & 255) << 3) | (top << 1) | negative
     width, value = below.astype(np.int64), size & ((np.uint64(1) << below) - np.uint64(1))
     here = np.flatnonzero(expected.far)
     if len(here):
         bits, few = bits_N[here].astype(np.uint64), kind.n_mantissa - 2
-        exponent = exponents(bits_N[here], kind) - expected.digits[here]
+        exponent = exponents(bits_N[here], kind) - expected.digits[here] + MIDDLE
         upper = ((bits >> np.uint64(few)) & np.uint64(3)).astype(np.int64)
         token[here] = ((exponent & 255) << 3) | (upper << 1) | (bits >> np.uint64(kind.n_bits - 1)).astype(np.int64)
         width[here], value[here] = few, bits & np.uint64((1 << few) - 1)
@@ -150,7 +152,7 @@ def n_digits(size_N: Array) -> Array:
 
 def widths(tokens_N: Array, expected: Expected, kind: Kind) -> Array:
     """How many raw bits follow each token, int64."""
-    digits = ((tokens_N >> 3) + expected.digits) & 255
+    digits = ((tokens_N.astype(np.int32) >> 3) + expected.digits - MIDDLE) & 255
     out = np.maximum(digits.astype(np.int64) - 3, 0)
     out[expected.far] = kind.n_mantissa - 2
     return np.minimum(out, 64)
@@ -159,7 +161,7 @@ def widths(tokens_N: Array, expected: Expected, kind: Kind) -> Array:
 def join(tokens_N: Array, values_N: Array, predicted_N: Array, expected: Expected, kind: Kind) -> Array:
     """Bit patterns from tokens, raw values and predictions: the inverse of `split`."""
     tokens = tokens_N.astype(np.int64)
-    digits = np.minimum(((tokens >> 3) + expected.digits) & 255, 64)
+    digits = np.minimum(((tokens >> 3) + expected.digits - MIDDLE) & 255, 64)
     top = ((tokens >> 1) & 3).astype(np.uint64)
     below = np.maximum(digits - 3, 0).astype(np.uint64)
     lead = np.where(digits > 0, top | np.uint64(4), np.uint64(0))
@@ -171,7 +173,7 @@ def join(tokens_N: Array, values_N: Array, predicted_N: Array, expected: Expecte
     here = np.flatnonzero(expected.far)
     if len(here):
         few = np.uint64(kind.n_mantissa - 2)
-        exponent = (((tokens[here] >> 3) + expected.digits[here]) & 255).astype(np.uint64)
+        exponent = (((tokens[here] >> 3) + expected.digits[here] - MIDDLE) & 255).astype(np.uint64)
         bits = ((tokens[here] & 1).astype(np.uint64) << np.uint64(kind.n_bits - 1)) | values_N[here]
         found[here] = (bits | (exponent << np.uint64(kind.n_mantissa)) | (top[here] << few)).astype(kind.unsigned)
     return found

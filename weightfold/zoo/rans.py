@@ -1,7 +1,7 @@
 """An entropy coder for arrays: interleaved range asymmetric numeral systems (rANS), NumPy alone.
 
-N symbols stand in T rows of L lanes. Every lane is a coder of its own with a state x in [2^16, 2^32); all lanes take one
-step at a time, so that a step is a dozen array operations however many lanes there are:
+N symbols stand in T rows of L lanes. Every lane is a coder of its own with a state x in [2^16, 2^32); all lanes take
+one step at a time, so that a step is a dozen array operations however many lanes there are:
 
     decode  s = symbol at slot x mod 2^12 of the table of its context;  x <- f(s) (x >> 12) + (x mod 2^12) - F(s)
             x < 2^16: x <- 2^16 x + the next word of 16 bits
@@ -35,7 +35,7 @@ N_CLASSES = 2 * BITS + 1
 _ROOTS = np.array([1, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512, 724, 1024, 1448, 2048,
                    2896, 4096])  # fmt: skip
 """2^(c / 2), rounded, of class c."""
-SYMBOLS_A_LANE = 1024
+SYMBOLS_A_LANE = 512
 MAX_LANES = 4096
 
 
@@ -197,7 +197,8 @@ def decode(stream: Stream, contexts_N: Array, tables: Tables) -> Array:
     n, lanes = len(contexts_N), n_lanes(len(contexts_N))
     slots, symbols = _slots(tables)
     base = contexts_N.astype(np.uint32) << np.uint32(BITS)
-    if n and not tables.frequencies_KS.any(axis=1)[np.unique(contexts_N)].all():
+    known_K = tables.frequencies_KS.sum(axis=1) > 0
+    if n and not known_K[np.unique(contexts_N)].all():
         raise corrupt("a context without symbols")
     state, words, place = stream.states_L.astype(np.uint32), stream.words.astype(np.uint32), 0
     if len(state) != lanes or int(state.min()) < LOWEST:
