@@ -17,7 +17,12 @@ OPTIONS = (
 )
 VERBS = ("show", "explain", "timeline", "verify", "replay", "undo", "diff")
 WEIGHTS = ("inspect", "canon", "same", "diff", "merge")
-COMMANDS = ("trace", "sharing", "train", "fold", "export", *WEIGHTS, "ledger", *(f"ledger {verb}" for verb in VERBS))
+ZOO = ("add", "list", "get", "rm", "verify")
+GROUPS = {"ledger": VERBS, "zoo": ZOO}
+COMMANDS = (
+    *("trace", "sharing", "train", "fold", "export", *WEIGHTS, *GROUPS),
+    *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs),
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -48,7 +53,7 @@ def test_help_names_every_command_and_option(cli: Run) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_debug_and_json(command: str, cli: Run) -> None:
     text = cli(*command.split(), "--help").stdout
-    if command != "ledger":
+    if command not in GROUPS:
         assert "--debug" in text
         assert "--json" in text
 

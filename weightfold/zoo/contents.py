@@ -150,7 +150,7 @@ class Reader:
     def _keep(self, digest: str, state: dict[str, Tensor]) -> None:
         self._cache[digest] = state
         self._cache.move_to_end(digest)
-        while len(self._cache) > 1 and sum(map(_size, self._cache.values())) > CACHE_BYTES:
+        while len(self._cache) > 1 and sum(map(size_of, self._cache.values())) > CACHE_BYTES:
             self._cache.popitem(last=False)
 
     def _explained(self, error: ArtifactError, content: Content) -> ArtifactError:
@@ -165,7 +165,8 @@ class Reader:
         )
 
 
-def _size(state: Mapping[str, Tensor]) -> int:
+def size_of(state: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors, each tied one counted once."""
     return sum(value.numel() * value.element_size() for value in {id(v): v for v in state.values()}.values())
 
 

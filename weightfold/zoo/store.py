@@ -11,7 +11,8 @@ read is verified twice, the blob by its bytes and the tensors by their digest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +27,7 @@ from weightfold.zoo.adding import Record, Wanted, content_of, free_name, model_o
 from weightfold.zoo.card import Card
 from weightfold.zoo.catalogue import Catalogue, Content, Model
 from weightfold.zoo.check import Problem, verify
-from weightfold.zoo.contents import Reader
+from weightfold.zoo.contents import Reader, size_of
 from weightfold.zoo.describe import Traced, Tracer
 from weightfold.zoo.imports import Imported, read_model
 from weightfold.zoo.naming import find
@@ -34,7 +35,7 @@ from weightfold.zoo.objects import WAIT_S, Objects, Swept
 from weightfold.zoo.writing import write_model
 
 CATALOGUE = "zoo.db"
-BATCH = 256
+BATCH = 64
 BATCH_BYTES = 1 << 29
 """Models of one transaction: so many, or so many bytes."""
 Source = str | Path | nn.Module | Mapping[str, Tensor]
@@ -140,7 +141,7 @@ class Zoo:
         refused: Refused | None = None,
         progress: Progress | None = None,
     ) -> list[Card]:
-        """Add models, many in one transaction; see `add`.
+        """Add models, 64 in a transaction; see `add`.
 
         Args:
             facts: of each, or the same of all.
@@ -166,33 +167,47 @@ class Zoo:
         refused: Refused | None = None,
         progress: Progress | None = None,
     ) -> list[Card]:
-        names: list[str] = []
-        batch, size = [], 0
+        cards: list[Card] = []
+        with ThreadPoolExecutor(1) as disk:  # writes one batch while the next is worked out
+            written: Future[list[Card]] | None = None
+            for batch in self._batches(sources, wishes, model, example, refused, progress):
+                made = records(*map(list, zip(*batch, strict=True)))
+                cards += written.result() if written is not None else []
+                written = disk.submit(self._write, made, refused)
+            return cards + (written.result() if written is not None else [])
+
+    def _batches(
+        self,
+        sources: Sequence[Source],
+        wishes: Sequence[Wanted],
+        model: str | nn.Module | None,
+        example: Any,
+        refused: Refused | None,
+        progress: Progress | None,
+    ) -> Iterator[list[tuple[Imported, Wanted, Traced]]]:
+        """Read models, so many at a time as are hashed and written together."""
+        batch: list[tuple[Imported, Wanted, Traced]] = []
+        size = 0
         for at, (source, wish) in enumerate(zip(sources, wishes, strict=True)):
             try:
                 item = read_model(source)
                 batch.append((item, wish, self._tracer.trace(item, model, example)))
+                size += size_of(item.state)
             except WeightfoldError as error:
                 if refused is None:
                     raise
                 refused(source, error)
-                continue
-            size += sum(value.numel() * value.element_size() for value in item.state.values())
             if len(batch) >= BATCH or size >= BATCH_BYTES:
-                names += self._write(batch, refused)
+                yield batch
                 batch, size = [], 0
             if progress is not None:
-                progress(at + 1, len(sources), item.name)
-        names += self._write(batch, refused)
-        return [self.card(name) for name in names]
+                progress(at + 1, len(sources), str(wish.name or source if isinstance(source, str | Path) else ""))
+        if batch:
+            yield batch
 
-    def _write(self, batch: Sequence[tuple[Imported, Wanted, Traced]], refused: Refused | None) -> list[str]:
+    def _write(self, made: Sequence[Record], refused: Refused | None) -> list[Card]:
         """Write the blobs of some models, then name them all in one transaction."""
-        if not batch:
-            return []
-        items, wishes, traced = zip(*batch, strict=True)
-        made = records(items, wishes, traced)
-        founds = {id(t.found): t.found for t in traced if t.found is not None}
+        founds = {id(r.traced.found): r.traced.found for r in made if r.traced.found is not None}
         data = (
             [r.blob for r in made] + [r.extras for r in made if r.extras] + [self._bytes_of(f) for f in founds.values()]
         )
@@ -211,9 +226,11 @@ class Zoo:
                         if refused is None:
                             raise
                         clashes.append((record.item.source or record.item.name, error))
-        for source, error in clashes:
-            refused(source, error)  # type: ignore[misc]
-        return names
+                cards = [self.card(name) for name in names]
+        if refused is not None:
+            for source, error in clashes:
+                refused(source, error)
+        return cards
 
     def _enter(self, record: Record, blob: str, extras: str | None, symmetries: str | None) -> str:
         name, there = free_name(self._catalogue, record)
