@@ -62,7 +62,7 @@ def encode(
         child: tensors by name, on the CPU, of any type.
         parent: what `decode` will be given, to the bit. Tensors of the same name and shape predict the child's; others
             are coded alone.
-        moves: what makes the parent look like the child (`matching.match`), in the child's order of tensors.
+        moves: what makes the parent look like the child (`matching.match`).
         step: None for a child exact to the bit; else the step of differences, > 0: those below 0.7 steps are dropped,
             larger ones are off by half a step at most, in the parent's scale. Whole numbers, and tensors with infinite
             numbers or NaN, stay exact.
@@ -81,6 +81,7 @@ def encode(
     """
     if step is not None and not 0 < step < float("inf"):
         raise ConfigError(f"The step of a lossy difference must be above 0. Got {step} instead.")
+    child, parent = _by_name(child), _by_name(parent)
     entries = entries_of(child, parent)
     found = moves or Alignment()
     tried = FINE[: 1 + bool(found.factors)] if step is None else COARSE
@@ -94,7 +95,7 @@ def encode(
 
 
 def decode(data: bytes, parent: State) -> dict[str, Tensor]:
-    """Read a child back.
+    """Read a child back, its tensors in the order of their names.
 
     Raises:
         ArtifactError: the bytes are damaged, cut short or foreign, or the parent is another one.
@@ -103,7 +104,7 @@ def decode(data: bytes, parent: State) -> dict[str, Tensor]:
     if kind not in (bytes([EXACT]), bytes([STEPS])):
         raise corrupt("it is no difference between models")
     try:
-        state = _read(payload, parent)
+        state = _read(payload, _by_name(parent))
     except (ValueError, IndexError, OverflowError, MemoryError) as error:
         raise corrupt(str(error) or type(error).__name__) from None
     if _check(kind, payload, state) != data[1 : 1 + N_CHECK]:
@@ -117,6 +118,10 @@ def decode(data: bytes, parent: State) -> dict[str, Tensor]:
 def is_lossy(data: bytes) -> bool:
     """Whether a difference gives its child in steps only."""
     return data[:1] == bytes([STEPS])
+
+
+def _by_name(state: State) -> dict[str, Tensor]:
+    return dict(sorted(state.items()))
 
 
 def _check(kind: bytes, payload: bytes, state: State) -> bytes:
@@ -143,6 +148,7 @@ def estimate(
         >>> 0.8 < estimate(child, parent) / len(encode(child, parent)) < 1.25
         True
     """
+    child, parent = _by_name(child), _by_name(parent)
     entries = entries_of(child, parent)
     moved, bits = moved_parent(entries, parent, moves or Alignment(), False), 0.0
     for i, entry in enumerate(entries):
@@ -163,6 +169,7 @@ def estimate(
 
 def spread_of(child: State, parent: State, moves: Alignment | None = None) -> float:
     """The root mean square of the differences between a child's matrices and its moved parent's."""
+    child, parent = _by_name(child), _by_name(parent)
     entries = entries_of(child, parent)
     moved = moved_parent(entries, parent, moves or Alignment(), True)
     return spread(moved, [bits_of(child[e.name]) for e in entries])

@@ -9,7 +9,7 @@ to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,6 @@ def match(
     found: Symmetries,
     child: Mapping[str, Tensor],
     parent: Mapping[str, Tensor],
-    names: Sequence[str],
     *,
     digits: int = FINE_DIGITS,
 ) -> Alignment:
@@ -54,10 +53,9 @@ def match(
 
     Args:
         found: symmetries of the architecture; tensors that either model lacks, or has in another shape, are left out.
-        names: of the tensors in the order in which moves number them.
         digits: binary digits that factors keep.
     Returns:
-        Moves, or none where they bring the parent no nearer.
+        Moves, or none where they bring the parent no nearer. Tensors are numbered in the order of the child's names.
     Example:
         >>> from torch import nn
         >>> from weightfold.weights.symmetry import symmetries
@@ -66,7 +64,7 @@ def match(
         >>> order = torch.tensor([2, 0, 1])
         >>> child = parent | {"0.weight": parent["0.weight"][order], "0.bias": parent["0.bias"][order]}
         >>> child["2.weight"] = parent["2.weight"][:, order]
-        >>> moves = match(symmetries(net, torch.zeros(1, 4)), child, parent, list(child))
+        >>> moves = match(symmetries(net, torch.zeros(1, 4)), child, parent)
         >>> moves.orders[0].order.tolist(), moves.factors
         ([2, 0, 1], ())
     """
@@ -78,7 +76,7 @@ def match(
         if group.name in orders:
             permute_(pair.parent, pair.slots(group), orders[group.name])
     factors = _factors(pair, [g.name for g in groups])
-    number = {name: i for i, name in enumerate(names)}
+    number = {name: i for i, name in enumerate(sorted(child))}
     moves = Alignment(
         tuple(
             Order(tuple(_place(s, number) for s in pair.slots(g)), orders[g.name].numpy())

@@ -27,7 +27,7 @@ class Place:
     """Where the channels of a group stand along one dimension of one tensor.
 
     Args:
-        tensor: number of the tensor among those of the layout.
+        tensor: number of the tensor among the child's, in the order of their names.
         dim: the dimension.
         slabs: equal parts of dimension 0 in which positions count for themselves (grouped convolutions), else 1.
         index: positions of each channel, int64, shape (C, M), -1 where it has none.

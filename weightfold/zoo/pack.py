@@ -226,7 +226,7 @@ class _Packing:
         found = self._zoo.symmetries(self._cards[one].name)
         if found is None or _distance(child, parent) < NEAR or (differences(child, parent) and one != two):  # type: ignore[arg-type]
             return Alignment()
-        return match(found, child, parent, list(child))
+        return match(found, child, parent)
 
     def _state(self, digest: str) -> State:
         """A content as reading gives it, kept for a while."""
