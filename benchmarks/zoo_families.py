@@ -9,7 +9,8 @@ A root is trained from its own random weights on all images (AdamW, rate 1e-3, 1
                to 3e-2, decay 0 or 5e-4), 2 to 10 epochs, 30 to 100 % of the images
 
 Batches hold 32. ``kind`` mlp: 64-64-64-10, ReLU. cnn: convolutions 1-12-24 (3x3, the second with stride 2), ReLU,
-linear to 10. slim: 64-32-10, ReLU. tanh: 64-48-48-32-10. `disguised` permutes and rescales (log-normal, 0.5) every network at random.
+linear to 10. slim: 64-32-10, ReLU. tanh: 64-48-48-32-10. `disguised` permutes and rescales (log-normal, 0.5) every
+network at random.
 """
 
 from __future__ import annotations

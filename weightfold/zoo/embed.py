@@ -1,7 +1,7 @@
 """One vector of 256 numbers a model: near for relatives, far for strangers, whatever the order and scale of channels.
 
-Every tensor is described by numbers that no permutation changes: size, moments of the entries, quantiles of the norms
-of its rows and columns, quantiles of its singular values. Where the architecture is known they are taken of the balanced
+Every tensor is described by numbers that no permutation changes: size, moments of the entries, quantiles of norms of
+its rows and columns, quantiles of its singular values. Where the architecture is known they are taken of the balanced
 weights (`weightfold.weights.point`), so scales, signs, batch norms and the axes of attention heads do not count either.
 Otherwise they are taken of the tensors as they stand (`raw` says so): permutations still do not count, scales do.
 
@@ -167,7 +167,7 @@ def _quantiles(values: Tensor, n: int = QUANTILES) -> Tensor:
 
 
 def _of_matrix(tensor: Tensor, unsigned: bool) -> Tensor:
-    """48 numbers of a matrix or convolution: size, shape, moments, norms of rows and columns, spectrum; shape (B, 48)."""
+    """48 numbers of a matrix or convolution: size, moments, norms of rows and columns, spectrum; shape (B, 48)."""
     rows = tensor.flatten(2)
     n, (o, f) = len(rows), rows.shape[1:]
     square = rows.square()
@@ -175,13 +175,12 @@ def _of_matrix(tensor: Tensor, unsigned: bool) -> Tensor:
     moment = [
         rows.mean((1, 2)) / size * (0.0 if unsigned else 1.0),
         rows.abs().mean((1, 2)) / size,
-        (square.square().mean((1, 2)) / size**4).clamp_max(1e9).log() / 4,
+        (square / size[:, None, None] ** 2).square().mean((1, 2)).clamp(1e-9, 1e9).log() / 4,
     ]
     head = [(size + 1e-10).log() / 4, torch.full((n,), math.log(o) / 4), torch.full((n,), math.log(f) / 4), *moment]
     by_row = (square.mean(2) / size[:, None] ** 2).sqrt()
     by_column = (tensor.square().transpose(1, 2).flatten(2).mean(2) / size[:, None] ** 2).sqrt()
-    means = rows.mean(2) / size[:, None]
-    means = means.abs() if unsigned else means
+    means = (rows.abs() if unsigned else rows).mean(2) / size[:, None]
     parts = [torch.stack(head, 1), _quantiles(by_row), _quantiles(by_column), _quantiles(means, 6)]
     return torch.cat([*parts, _spectrum(rows, size)], 1)
 
