@@ -52,18 +52,52 @@ def unpack(data: bytes, widths_N: Array) -> Array:
     Raises:
         ArtifactError: the bytes are too few or too many.
     """
-    ends = np.cumsum(widths_N)
-    n_bits = int(ends[-1]) if len(ends) else 0
-    if len(data) != (n_bits + 7) // 8:
-        raise corrupt(f"{len(data)} bytes hold fields of {n_bits} bits")
-    words = np.zeros(n_bits // 64 + 2, ">u8")
-    words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
-    words = words.astype(np.uint64)
-    start = ends - widths_N
-    at, shift = start >> 6, (start & 63).astype(np.uint64)
-    out = words.take(at) << shift
-    out |= words.take(at + 1) >> _ONE >> (_WORD - shift)
-    width = widths_N.astype(np.uint64)
-    out >>= np.minimum(np.uint64(64) - width, _WORD)
-    out[widths_N == 0] = 0
+    fields = Fields(data)
+    out = fields.take(widths_N)
+    fields.finish()
     return out
+
+
+class Fields:
+    """Gives fields back, some at a time.
+
+    Args:
+        data: what `pack` wrote, and nothing else.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        words = np.zeros(len(data) // 8 + 2, ">u8")
+        words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        self._words = words.astype(np.uint64)
+        self._n_bytes, self._at = len(data), 0
+
+    def take(self, widths_N: Array) -> Array:
+        """The next fields, uint64.
+
+        Raises:
+            ArtifactError: there are not so many bits.
+        """
+        start = np.cumsum(widths_N)
+        n_bits = int(start[-1]) if len(start) else 0
+        if self._at + n_bits > 8 * self._n_bytes:
+            raise corrupt("its fields end too soon")
+        start += self._at - widths_N
+        self._at += n_bits
+        shift = (start & 63).astype(np.uint64)
+        start >>= 6
+        out = self._words.take(start)
+        out <<= shift
+        start += 1
+        out |= self._words.take(start) >> _ONE >> (_WORD - shift)
+        out >>= np.minimum(64 - widths_N, 63).astype(np.uint64)
+        out *= widths_N > 0
+        return out
+
+    def finish(self) -> None:
+        """Make sure that nothing is left.
+
+        Raises:
+            ArtifactError: bytes are left.
+        """
+        if (self._at + 7) // 8 != self._n_bytes:
+            raise corrupt(f"{self._n_bytes} bytes hold fields of {self._at} bits")

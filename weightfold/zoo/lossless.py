@@ -18,7 +18,7 @@ from weightfold.zoo import fields, numbers, rans
 from weightfold.zoo.layout import Entry, Reader, kind_of
 from weightfold.zoo.numbers import N_CONTEXTS, N_SYMBOLS, Array, Expected, Kind
 
-BLOCK = 1 << 21
+BLOCK, SLICE = 1 << 21, 1 << 15
 LEAST_ROW = 24
 """Rows shorter than this have no scale of their own."""
 MOST_SCALE, MOST_COLUMN = 1 << 13, 64
@@ -90,8 +90,10 @@ def write(coder: Encoder, lines: Sequence[Line], bits: Sequence[Array]) -> bytes
         tables = rans.Tables.of(tokens, expected.contexts, N_CONTEXTS, N_SYMBOLS)
         tables.write(coder)
         stream = rans.encode(tokens, expected.contexts, tables)
-        Whole().write(coder, len(stream.words))
-        body += stream.states_L.tobytes() + stream.words.tobytes() + fields.pack(values, widths)
+        raw = fields.pack(values, widths)
+        for size in (len(stream.words), len(raw)):
+            Whole().write(coder, size)
+        body += stream.states_L.tobytes() + stream.words.tobytes() + raw
     return bytes(body)
 
 
@@ -105,9 +107,7 @@ def read(decoder: Decoder, lines: Sequence[Line], body: bytes) -> list[Array]:
     out = [np.empty(line.entry.n_units, line.kind.unsigned) for line in lines]
     reader = Reader(body)
     for kind, pieces in _blocks(lines):
-        predicted, scale = _gather(lines, scales, pieces)
-        expected = Expected.of(predicted, scale, kind)
-        found = _read_block(decoder, reader, predicted, expected, kind)
+        found = _read_block(decoder, reader, *_gather(lines, scales, pieces), kind)
         start = 0
         for i, at, end in pieces:
             out[i][at:end] = found[start : start + end - at]
@@ -117,15 +117,23 @@ def read(decoder: Decoder, lines: Sequence[Line], body: bytes) -> list[Array]:
     return out
 
 
-def _read_block(decoder: Decoder, reader: Reader, predicted: Array, expected: Expected, kind: Kind) -> Array:
+def _read_block(decoder: Decoder, reader: Reader, predicted: Array, scale: Array, kind: Kind) -> Array:
+    """Read a block; all but the symbols in slices that fit into a cache."""
+    parts = [slice(at, at + SLICE) for at in range(0, len(predicted), SLICE)]
+    expected = [Expected.of(predicted[part], scale[part], kind) for part in parts]
+    contexts = np.concatenate([own.contexts for own in expected])
     tables = rans.Tables.read(decoder, N_CONTEXTS, N_SYMBOLS)
-    n_words = Whole().read(decoder)
+    n_words, n_bytes = Whole().read(decoder), Whole().read(decoder)
     states = np.frombuffer(reader.take(4 * rans.n_lanes(len(predicted))), "<u4")
     words = np.frombuffer(reader.take(2 * n_words), "<u2")
-    tokens = rans.decode(rans.Stream(states, words), expected.contexts, tables)
-    widths = numbers.widths(tokens, expected, kind)
-    values = fields.unpack(reader.take((int(widths.sum()) + 7) // 8), widths)
-    return numbers.join(tokens, values, predicted, expected, kind)
+    tokens = rans.decode(rans.Stream(states, words), contexts, tables)
+    raw = fields.Fields(reader.take(n_bytes))
+    out = np.empty(len(predicted), kind.unsigned)
+    for part, own in zip(parts, expected, strict=True):
+        values = raw.take(numbers.widths(tokens[part], own, kind))
+        out[part] = numbers.join(tokens[part], values, predicted[part], own, kind)
+    raw.finish()
+    return out
 
 
 def _blocks(lines: Sequence[Line]) -> Iterator[tuple[Kind, list[tuple[int, int, int]]]]:

@@ -152,28 +152,29 @@ def n_digits(size_N: Array) -> Array:
 
 def widths(tokens_N: Array, expected: Expected, kind: Kind) -> Array:
     """How many raw bits follow each token, int64."""
-    digits = ((tokens_N.astype(np.int32) >> 3) + expected.digits - MIDDLE) & 255
-    out = np.maximum(digits.astype(np.int64) - 3, 0)
-    out[expected.far] = kind.n_mantissa - 2
-    return np.minimum(out, 64)
+    out = np.minimum(_digits(tokens_N.astype(np.int32), expected), 64 + 3) - 3
+    out = np.where(expected.far, kind.n_mantissa - 2, np.maximum(out, 0))
+    return out.astype(np.int64)
+
+
+def _digits(tokens_N: Array, expected: Expected) -> Array:
+    return ((tokens_N >> 3) + (expected.digits - MIDDLE)) & 255
 
 
 def join(tokens_N: Array, values_N: Array, predicted_N: Array, expected: Expected, kind: Kind) -> Array:
     """Bit patterns from tokens, raw values and predictions: the inverse of `split`."""
-    tokens = tokens_N.astype(np.int64)
-    digits = np.minimum(((tokens >> 3) + expected.digits - MIDDLE) & 255, 64)
-    top = ((tokens >> 1) & 3).astype(np.uint64)
-    below = np.maximum(digits - 3, 0).astype(np.uint64)
-    lead = np.where(digits > 0, top | np.uint64(4), np.uint64(0))
-    size = np.where(digits >= 3, (lead << below) | values_N, lead >> np.maximum(3 - digits, 0).astype(np.uint64))
-    size = size.astype(kind.unsigned).view(kind.whole)
-    with np.errstate(over="ignore"):
-        distance = np.where(tokens & 1, -size, size)
-        found = ordered((ordered(predicted_N, kind) + distance).view(kind.unsigned), kind).view(kind.unsigned)
+    wide = np.uint64 if kind.n_bits > 32 else np.uint32
+    tokens, values = tokens_N.astype(np.int32), values_N.astype(wide)
+    digits = np.minimum(_digits(tokens, expected), kind.n_bits)
+    top = ((tokens >> 1) & 3).astype(wide)
+    below = np.maximum(digits - 3, 0).astype(wide)
+    size = (((top | wide(4)) << below) | values) >> np.minimum(np.maximum(3 - digits, 0), 3).astype(wide)
+    distance = size.astype(kind.unsigned).view(kind.whole) * (1 - 2 * (tokens & 1)).astype(kind.whole)
+    found = ordered((ordered(predicted_N, kind) + distance).view(kind.unsigned), kind).view(kind.unsigned)
     here = np.flatnonzero(expected.far)
     if len(here):
-        few = np.uint64(kind.n_mantissa - 2)
-        exponent = (((tokens[here] >> 3) + expected.digits[here] - MIDDLE) & 255).astype(np.uint64)
-        bits = ((tokens[here] & 1).astype(np.uint64) << np.uint64(kind.n_bits - 1)) | values_N[here]
-        found[here] = (bits | (exponent << np.uint64(kind.n_mantissa)) | (top[here] << few)).astype(kind.unsigned)
+        few = wide(kind.n_mantissa - 2)
+        exponent = ((tokens[here] >> 3) + (expected.digits[here] - MIDDLE) & 255).astype(wide)
+        bits = ((tokens[here] & 1).astype(wide) << wide(kind.n_bits - 1)) | values[here]
+        found[here] = (bits | (exponent << wide(kind.n_mantissa)) | (top[here] << few)).astype(kind.unsigned)
     return found

@@ -198,7 +198,7 @@ def decode(stream: Stream, contexts_N: Array, tables: Tables) -> Array:
     slots, symbols = _slots(tables)
     base = contexts_N.astype(np.uint32) << np.uint32(BITS)
     known_K = tables.frequencies_KS.sum(axis=1) > 0
-    if n and not known_K[np.unique(contexts_N)].all():
+    if n and not known_K.take(contexts_N).all():
         raise corrupt("a context without symbols")
     state, words, place = stream.states_L.astype(np.uint32), stream.words.astype(np.uint32), 0
     if len(state) != lanes or int(state.min()) < LOWEST:

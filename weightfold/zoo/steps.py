@@ -73,7 +73,12 @@ def by_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Change:
     def change(before: State, after: State) -> float:
         answers = []
         for state in (before, after):
-            model.load_state_dict(dict(state))
+            try:
+                model.load_state_dict(dict(state))
+            except RuntimeError:
+                raise ConfigError(
+                    "its outputs cannot be measured: the model that computes them is another one."
+                ) from None
             answers.append(outputs(model.eval(), inputs))
         return relative_error(*answers)
 
