@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from weightfold.errors import ArtifactError
+from weightfold.zoo.card import Card
 from weightfold.zoo.store import Zoo
 
 from .conftest import EXAMPLE, equal, near, net
@@ -67,11 +69,13 @@ def test_a_blob_that_was_cut_off_or_is_gone_is_named(zoo: Zoo, left: int) -> Non
 
 
 def test_bytes_that_are_another_models_are_found_out(zoo: Zoo) -> None:
-    """The catalogue names a whole blob, but of other tensors: only the content's own digest tells."""
+    """A blob that is whole, but of other tensors: only the content's own digest tells."""
     a, b = zoo.add(net(0), name="a"), zoo.add(net(1), name="b")
     other = blob_of(zoo, "b").name
-    with sqlite3.connect(zoo.folder / "zoo.db") as db:
-        db.execute("UPDATE contents SET blob = ? WHERE digest = ?", (other, a.digest))
+    with zoo._catalogue.writing():
+        held = zoo._catalogue.content(a.digest)
+        assert held is not None
+        zoo._catalogue.move_content(replace(held, blob=other))
     with pytest.raises(ArtifactError, match=r"gives other tensors than were stored.*'a'"):
         zoo.state("a")
     zoo.state(b.name)
@@ -108,11 +112,27 @@ def test_adding_again_heals(zoo: Zoo) -> None:
     assert equal(zoo.state("child"), child)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["UPDATE models SET embedding = zeroblob(1024)", "UPDATE models SET body = replace(body, '0.9', '1.0')",
+     "UPDATE models SET semantic_hash = NULL", "UPDATE contents SET n_parameters = n_parameters + 1"],
+)  # fmt: skip
+def test_a_row_that_was_changed_is_told(zoo: Zoo, change: str) -> None:
+    zoo.add(net(), name="a", facts={"accuracy": 0.9}, example=EXAMPLE)
+    with sqlite3.connect(zoo.folder / "zoo.db") as db:
+        db.execute(change)
+    with pytest.raises(ArtifactError, match=r"the row of '.*' was changed or is damaged"):
+        zoo.card("a")
+    with pytest.raises(ArtifactError, match="was changed or is damaged"):
+        zoo.cards()
+    assert zoo.verify()
+
+
 def test_a_damaged_catalogue_is_told_and_no_defect(zoo: Zoo) -> None:
     """Whatever the damage, the answer is a WeightfoldError or the truth."""
     for seed in range(8):
         zoo.add(net(seed), name=f"n{seed}")
-    wanted = {card.name: card.digest for card in zoo.cards()}
+    wanted = zoo.cards()
     zoo.close()
     path = zoo.folder / "zoo.db"
     whole = path.read_bytes()
@@ -126,11 +146,10 @@ def test_a_damaged_catalogue_is_told_and_no_defect(zoo: Zoo) -> None:
     assert told == 60, "silently wrong"
 
 
-def damage_is_told(folder: Path, wanted: dict[str, str]) -> bool:
+def damage_is_told(folder: Path, wanted: list[Card]) -> bool:
     try:
         with Zoo.open(folder) as fresh:
-            found = {card.name: card.digest for card in fresh.cards()}
-            return bool(fresh.verify()) or found == wanted
+            return bool(fresh.verify()) or fresh.cards() == wanted
     except ArtifactError as error:
         return str(folder / "zoo.db") in error.message
 

@@ -22,7 +22,7 @@ from .conftest import EXAMPLE, equal, near, net
 
 
 def odd_tensors() -> dict[str, Tensor]:
-    tied = torch.randn(3, 4)
+    tied, fused = torch.randn(3, 4), torch.randn(3, 2)
     return {
         "half": torch.randn(5).half(),
         "brain": torch.tensor([1.0, float("nan"), -0.0], dtype=torch.bfloat16),
@@ -36,6 +36,8 @@ def odd_tensors() -> dict[str, Tensor]:
         "a.weight": tied,
         "b.weight": tied,
         "turned": torch.randn(4, 3).T,
+        "part": fused[:2],
+        "other part": fused[1:],
     }
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,22 @@ _SCHEMA = (
     """CREATE TABLE contents (
     digest TEXT PRIMARY KEY, blob TEXT NOT NULL, stored_bytes INTEGER NOT NULL,
     base TEXT REFERENCES contents (digest), decoded TEXT NOT NULL, signature TEXT NOT NULL,
-    n_parameters INTEGER NOT NULL, dtype TEXT NOT NULL, size_bytes INTEGER NOT NULL) WITHOUT ROWID""",
+    n_parameters INTEGER NOT NULL, dtype TEXT NOT NULL, size_bytes INTEGER NOT NULL,
+    checksum INTEGER NOT NULL) WITHOUT ROWID""",
     "CREATE INDEX contents_by_base ON contents (base) WHERE base IS NOT NULL",
     """CREATE TABLE models (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest TEXT NOT NULL REFERENCES contents (digest),
-    semantic_hash TEXT, embedding BLOB, extras TEXT, symmetries TEXT, body TEXT NOT NULL)""",
+    semantic_hash TEXT, embedding BLOB, extras TEXT, symmetries TEXT, body TEXT NOT NULL,
+    checksum INTEGER NOT NULL)""",
     "CREATE INDEX models_by_digest ON models (digest)",
 )
-_CARDS = """SELECT m.name, m.digest, m.semantic_hash, m.embedding, m.body, c.signature, c.n_parameters, c.dtype,
-    c.size_bytes, c.base, c.decoded, c.stored_bytes FROM models m JOIN contents c ON c.digest = m.digest"""
+_MODEL = "m.name, m.digest, m.semantic_hash, m.embedding, m.extras, m.symmetries, m.body, m.checksum"
+_CARDS = f"SELECT {_MODEL}, c.* FROM models m JOIN contents c ON c.digest = m.digest"
+_N_MODEL = 8
+"""Columns of a model in a row of both."""
+
+
+Row = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -127,26 +135,22 @@ class Catalogue:
 
     def add_content(self, content: Content) -> bool:
         """Enter a content unless it is there; tells whether it was not. Call it within `writing`."""
-        marks = ", ".join("?" * len(fields(content)))
-        done = self._db.execute(f"INSERT OR IGNORE INTO contents VALUES ({marks})", tuple(asdict(content).values()))
-        return done.rowcount == 1
+        row = _summed(astuple(content))
+        return self._db.execute(f"INSERT OR IGNORE INTO contents VALUES ({_marks(row)})", row).rowcount == 1
 
     def add_model(self, model: Model) -> None:
         """Enter a model. Call it within `writing`."""
-        self._db.execute(
-            """INSERT INTO models (name, digest, semantic_hash, embedding, extras, symmetries, body)
-            VALUES (?, ?, ?, ?, ?, ?, ?)""",
-            (
-                *(model.name, model.digest, model.semantic_hash, model.embedding, model.extras, model.symmetries),
-                json.dumps(model.body, ensure_ascii=False, allow_nan=False),
-            ),
-        )
+        body = json.dumps(model.body, ensure_ascii=False, allow_nan=False)
+        row = _summed((*astuple(model)[:-1], body))
+        names = "name, digest, semantic_hash, embedding, extras, symmetries, body, checksum"
+        self._db.execute(f"INSERT INTO models ({names}) VALUES ({_marks(row)})", row)
 
-    def move_content(self, digest: str, blob: str, stored_bytes: int, base: str | None, decoded: str) -> None:
-        """Say that a content lies elsewhere from now on. Call it within `writing`."""
+    def move_content(self, content: Content) -> None:
+        """Say that a content that is there lies elsewhere from now on. Call it within `writing`."""
+        changed = (content.blob, content.stored_bytes, content.base, content.decoded, _summed(astuple(content))[-1])
         self._db.execute(
-            "UPDATE contents SET blob = ?, stored_bytes = ?, base = ?, decoded = ? WHERE digest = ?",
-            (blob, stored_bytes, base, decoded, digest),
+            "UPDATE contents SET blob = ?, stored_bytes = ?, base = ?, decoded = ?, checksum = ? WHERE digest = ?",
+            (*changed, content.digest),
         )
 
     def remove_model(self, name: str) -> None:
@@ -160,11 +164,11 @@ class Catalogue:
     def content(self, digest: str) -> Content | None:
         """Look a content up."""
         row = self._one("SELECT * FROM contents WHERE digest = ?", digest)
-        return None if row is None else Content(*row)
+        return None if row is None else self._content(row)
 
-    def contents(self) -> list[Content]:
-        """All contents, those in full first."""
-        return [Content(*row) for row in self._all("SELECT * FROM contents ORDER BY base IS NOT NULL, digest")]
+    def bases(self) -> dict[str, str | None]:
+        """The content to which each content is a difference, or None."""
+        return dict(self._all("SELECT digest, base FROM contents ORDER BY digest"))  # type: ignore[arg-type]
 
     def children(self, digest: str) -> list[str]:
         """Contents that are stored as differences to this one."""
@@ -186,23 +190,25 @@ class Catalogue:
 
     def model(self, name: str) -> Model | None:
         """Look a model up by its name."""
-        row = self._one(
-            "SELECT name, digest, semantic_hash, embedding, extras, symmetries, body FROM models WHERE name = ?", name
-        )
-        return None if row is None else Model(*row[:6], body=json.loads(row[6]))
+        row = self._one(f"SELECT {_MODEL} FROM models m WHERE name = ?", name)
+        return None if row is None else self._model(row)
 
     def names(self) -> list[str]:
         """All names, in the order in which they were added."""
         return [row[0] for row in self._all("SELECT name FROM models ORDER BY id")]
 
+    def n_models(self) -> int:
+        """How many models there are."""
+        return self._all("SELECT count(*) FROM models")[0][0]
+
     def card(self, name: str) -> Card | None:
         """The card of one model."""
         row = self._one(f"{_CARDS} WHERE m.name = ?", name)
-        return None if row is None else _card(row)
+        return None if row is None else self._card(row)
 
     def cards(self) -> list[Card]:
         """All cards, in the order in which the models were added."""
-        return [_card(row) for row in self._all(f"{_CARDS} ORDER BY m.id")]
+        return [self._card(row) for row in self._all(f"{_CARDS} ORDER BY m.id")]
 
     def blobs(self) -> set[str]:
         """Digests of all blobs that something names."""
@@ -228,6 +234,29 @@ class Catalogue:
         return found + [f"a row of {row[0]} names a row of {row[2]} that is gone" for row in self._all(
             "PRAGMA foreign_key_check"
         )]  # fmt: skip
+
+    def _card(self, row: Row) -> Card:
+        return card_of(self._model(row[:_N_MODEL]), self._content(row[_N_MODEL:]))
+
+    def _model(self, row: Row) -> Model:
+        name, digest, semantic_hash, embedding, extras, symmetries, body = self._checked(row)
+        return Model(name, digest, semantic_hash, embedding, extras, symmetries, json.loads(body))
+
+    def _content(self, row: Row) -> Content:
+        return Content(*self._checked(row))
+
+    def _checked(self, row: Row) -> Row:
+        """A row without its checksum.
+
+        Raises:
+            ArtifactError: it was changed behind our back.
+        """
+        if _summed(row[:-1]) != tuple(row):
+            raise ArtifactError(
+                f"The zoo's catalogue '{self.path}': the row of {row[0]!r} was changed or is damaged.",
+                remedy="Restore a copy of the zoo's folder, or add the models to a new one.",
+            )
+        return row[:-1]
 
     def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
         with self._lock, self._door():
@@ -269,7 +298,7 @@ class Catalogue:
         """Let errors of SQLite out as one that names the file and what to do."""
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # damaged text
             raise _explained(error, self.path) from None
 
 
@@ -286,24 +315,33 @@ _REMEDIES = {
 _DAMAGED = ("it is damaged or cut short", "Restore a copy of the zoo's folder, or add the models to a new one.")
 
 
-def _explained(error: sqlite3.Error, path: Path) -> ArtifactError:
+def _explained(error: Exception, path: Path) -> ArtifactError:
     reason, remedy = _REMEDIES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, _DAMAGED)
     return ArtifactError(f"The zoo's catalogue '{path}': {reason} ({error}).", remedy=remedy)
 
 
-def _card(row: tuple[Any, ...]) -> Card:
-    name, digest, semantic_hash, vector, body, signature, n_parameters, dtype, size, base, decoded, stored = row
+def _summed(row: Row) -> Row:
+    """A row with the checksum of its values behind it."""
+    return (*row, zlib.crc32(repr(tuple(row)).encode()))
+
+
+def _marks(row: Row) -> str:
+    return ", ".join("?" * len(row))
+
+
+def card_of(model: Model, content: Content) -> Card:
+    """Put a card together."""
     return Card(
-        **json.loads(body),
-        name=name,
-        digest=digest,
-        signature=signature,
-        n_parameters=n_parameters,
-        dtype=dtype,
-        size_bytes=size,
-        semantic_hash=semantic_hash,
-        base=base,
-        decoded=decoded,
-        stored_bytes=stored,
-        vector=vector,
+        **model.body,
+        name=model.name,
+        digest=model.digest,
+        semantic_hash=model.semantic_hash,
+        vector=model.embedding,
+        signature=content.signature,
+        n_parameters=content.n_parameters,
+        dtype=content.dtype,
+        size_bytes=content.size_bytes,
+        base=content.base,
+        decoded=content.decoded,
+        stored_bytes=content.stored_bytes,
     )

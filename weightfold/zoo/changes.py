@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.fingerprint import digest as digest_of
 from weightfold.zoo.catalogue import MAX_DEPTH, Catalogue, Content
@@ -46,7 +48,8 @@ def switch(
                 )
             if old.lossy and not lossy:
                 raise ArtifactError(f"{_names(catalogue, digest)} was packed lossily; what was lost is not in the zoo.")
-            catalogue.move_content(digest, name, len(blob), parent, decoded)
+            moved = replace(old, blob=name, stored_bytes=len(blob), base=parent, decoded=decoded)
+            catalogue.move_content(moved)
 
 
 def unpack(catalogue: Catalogue, objects: Objects, digest: str) -> None:
@@ -58,9 +61,10 @@ def unpack(catalogue: Catalogue, objects: Objects, digest: str) -> None:
         blob = to_blob(Reader(catalogue, objects).state(content))
         name = objects.put(blob)
         with catalogue.writing():
-            if _known(catalogue, digest).decoded != content.decoded:
+            now = _known(catalogue, digest)
+            if now.decoded != content.decoded:
                 raise ArtifactError(f"The content {digest[:12]} was packed anew while it was unpacked.", remedy=_AGAIN)
-            catalogue.move_content(digest, name, len(blob), None, content.decoded)
+            catalogue.move_content(replace(now, blob=name, stored_bytes=len(blob), base=None))
 
 
 def restore(catalogue: Catalogue, objects: Objects, content: Content) -> None:
@@ -80,7 +84,7 @@ def restore(catalogue: Catalogue, objects: Objects, content: Content) -> None:
             f"to that: {_list(catalogue, catalogue.children(held.digest))}.",
             remedy="Unpack those first: weightfold zoo rm --unpack, or remove them.",
         )
-    catalogue.move_content(content.digest, content.blob, content.stored_bytes, None, content.decoded)
+    catalogue.move_content(content)
 
 
 def remove(catalogue: Catalogue, objects: Objects, name: str, children: bool, unpack_first: bool) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from weightfold.errors import ArtifactError, WeightfoldError
 from weightfold.zoo import tables
-from weightfold.zoo.catalogue import Catalogue, Content
+from weightfold.zoo.catalogue import Catalogue
 from weightfold.zoo.contents import Reader
 from weightfold.zoo.objects import Objects
 
@@ -35,7 +35,8 @@ def verify(
     """Check the catalogue, read every blob, decode every content; see `Zoo.verify`."""
     found = [Problem("catalogue", (), text, "Restore a copy of the zoo's folder.") for text in catalogue.damages()]
     reader = Reader(catalogue, objects)
-    contents = _parents_first(catalogue.contents())
+    found += _row_problems(catalogue)
+    contents = _parents_first(catalogue.bases())
     for at, digest in enumerate(contents):
         names = tuple(catalogue.names_of(digest))
         found += _content_problems(catalogue, objects, reader, digest, names)
@@ -44,15 +45,24 @@ def verify(
     return found + _extras_problems(catalogue, objects)
 
 
+def _row_problems(catalogue: Catalogue) -> list[Problem]:
+    found = []
+    for name in catalogue.names():
+        try:
+            catalogue.model(name)
+        except ArtifactError as error:
+            found.append(Problem("catalogue", (name,), error.message, error.remedy))
+    return found
+
+
 def _content_problems(
     catalogue: Catalogue, objects: Objects, reader: Reader, digest: str, names: tuple[str, ...]
 ) -> list[Problem]:
     with objects.lease():
-        content = catalogue.content(digest)  # as it is now: others may pack or remove meanwhile
-        if content is None:
-            return []
         try:
-            reader.state(content)
+            content = catalogue.content(digest)  # as it is now: others may pack or remove meanwhile
+            if content is not None:
+                reader.state(content)
         except WeightfoldError as error:
             return [Problem("content", names, error.message, error.remedy)]
         except (
@@ -76,14 +86,14 @@ def _extras_problems(catalogue: Catalogue, objects: Objects) -> list[Problem]:
     return found
 
 
-def _parents_first(contents: list[Content]) -> list[str]:
+def _parents_first(bases: Mapping[str, str | None]) -> list[str]:
     """Order contents so that children follow their parent, whose tensors are then at hand."""
     below: dict[str | None, list[str]] = {}
-    for content in contents:
-        below.setdefault(content.base, []).append(content.digest)
+    for digest, base in bases.items():
+        below.setdefault(base, []).append(digest)
     order, stack = [], list(reversed(below.get(None, [])))
     while stack:
         digest = stack.pop()
         order.append(digest)
         stack += reversed(below.get(digest, []))
-    return order + sorted({content.digest for content in contents} - set(order))
+    return order + sorted(set(bases) - set(order))

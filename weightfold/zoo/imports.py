@@ -28,7 +28,7 @@ from weightfold.zoo.readme import front_matter
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", PACKED)
 _NAMELESS = ("model", "pytorch_model", "checkpoint", "weights", "adapter_model", "last", "best", "final")
-_KEPT = ("config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "README.md")
+KEPT = ("config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "README.md")
 _LARGEST_KEPT = 1 << 20
 
 
@@ -120,18 +120,26 @@ def checked(tensors: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """
     if not tensors:
         raise ArtifactError(f"{where} holds no tensors.")
-    state, seen = {}, {}
+    state: dict[str, Tensor] = {}
+    seen: dict[object, Tensor] = {}
+    memories: set[int] = set()
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ArtifactError(f"'{name}' in {where.lower() if where[0] == 'T' else where} is "
-                                f"{type(value).__name__}, not a tensor.")  # fmt: skip
+            raise ArtifactError(f"{where}: {name!r} is {type(value).__name__}, not a tensor.")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise ArtifactError(
                 f"'{name}' is sparse, quantised or without values ({value.layout}, {value.dtype}).",
                 remedy="Store plain tensors: value.to_dense(), value.dequantize().",
             )
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else name
-        state[name] = seen.setdefault(key, value.detach().cpu().contiguous())
+        if key not in seen:
+            plain = value.detach().cpu().contiguous()
+            memory = plain.untyped_storage().data_ptr()
+            seen[key] = (
+                plain.clone() if memory in memories else plain
+            )  # parts of one tensor: files know only whole ones
+            memories.add(memory)
+        state[name] = seen[key]
     return state
 
 
@@ -191,7 +199,7 @@ def _of_file(path: Path) -> Imported:
 
 
 def _of_folder(folder: Path) -> Imported:
-    files = {name: text for name in _KEPT if (text := _text(folder / name)) is not None}
+    files = {name: text for name in KEPT if (text := _text(folder / name)) is not None}
     state = checked(_sharded(folder), f"'{folder}'")
     config = _json(files.get("config.json", "{}"), folder / "config.json")
     adapter = _json(files.get("adapter_config.json", "{}"), folder / "adapter_config.json")
@@ -278,7 +286,7 @@ def _holds_models(path: Path) -> bool:
 
 def _text(path: Path) -> str | None:
     try:
-        if not path.is_file() or (path.name in _KEPT and path.stat().st_size > _LARGEST_KEPT):
+        if not path.is_file() or (path.name in KEPT and path.stat().st_size > _LARGEST_KEPT):
             return None
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from weightfold.artifact.files import make_folder
+from weightfold.artifact.files import make_folder, sync
 from weightfold.errors import ArtifactError, ConfigError, WeightfoldError
 from weightfold.weights.symmetry import Symmetries
 from weightfold.zoo import changes, tables
@@ -36,7 +36,7 @@ from weightfold.zoo.writing import write_model
 
 CATALOGUE = "zoo.db"
 BATCH = 64
-BATCH_BYTES = 1 << 29
+BATCH_BYTES = 1 << 27
 """Models of one transaction: so many, or so many bytes."""
 Source = str | Path | nn.Module | Mapping[str, Tensor]
 Refused = Callable[[Source, WeightfoldError], None]
@@ -82,7 +82,10 @@ class Zoo:
             )
         if not there and not create:
             raise ArtifactError(f"There is no zoo at '{folder}'.", remedy="Check the path; zoo add makes a new one.")
+        made = not folder.exists()
         make_folder(folder)
+        if made:
+            sync(folder.absolute().parent)
         objects = Objects(folder)
         objects.prepare()
         return cls(folder, Catalogue(folder / CATALOGUE), objects, tracer)
@@ -100,7 +103,7 @@ class Zoo:
         self._catalogue.close()
 
     def __len__(self) -> int:
-        return len(self._catalogue.names())
+        return self._catalogue.n_models()
 
     # adding -----------------------------------------------------------------------------------------------------------
 

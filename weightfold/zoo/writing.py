@@ -13,6 +13,7 @@ from weightfold.artifact.files import make_folder, write_bytes
 from weightfold.artifact.format import KEY, parse_structure
 from weightfold.errors import ArtifactError
 from weightfold.fingerprint import digest as digest_of
+from weightfold.zoo.imports import KEPT
 
 ENDING = ".safetensors"
 
@@ -37,8 +38,9 @@ def write_model(state: Mapping[str, Tensor], extras: Mapping[str, Any], path: Pa
         )
     make_folder(file.parent)
     if file is not path:
-        for name, text in extras.get("files", {}).items():
-            write_bytes(path / Path(name).name, text.encode())
+        for name in KEPT:
+            if name in extras.get("files", {}):
+                write_bytes(path / name, extras["files"][name].encode())
     write_bytes(file, save(_apart(tensors), metadata or None))
     return file
 
