@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from weightfold.artifact.rangecoder import Decoder, Encoder
 from weightfold.errors import ArtifactError, ConfigError, WeightfoldError
 from weightfold.fingerprint import digest
 from weightfold.weights.disguise import disguise
 from weightfold.weights.symmetry import symmetries
-from weightfold.zoo import delta, rans
+from weightfold.zoo import delta, movecode, rans
 from weightfold.zoo.delta import decode, encode
 from weightfold.zoo.layout import DTYPES
 from weightfold.zoo.matching import match
+from weightfold.zoo.moves import Alignment, Order, Place
 
 State = dict[str, Tensor]
 
@@ -251,6 +255,25 @@ def test_sizes_that_nothing_explains_are_refused_before_they_are_allocated(monke
         decode(data, {})
 
 
+def test_moves_without_end_are_refused_before_they_are_allocated() -> None:
+    """Places are read one after the other; those that a tensor cannot explain stop the reading."""
+    shapes = [(1000, 1000)]
+    place = Place(0, 0, 1, np.arange(1000)[:, None])
+    coder = Encoder()
+    movecode.write(coder, Alignment((Order((place,) * 200, np.arange(1000)),)), 12)
+    with pytest.raises(ArtifactError, match="channels of 1 positions"):
+        movecode.read(Decoder(coder.finish()), shapes)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 100])
+def test_an_order_takes_as_many_bits_as_there_are_orders(n: int) -> None:
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n)).numpy()
+    coder = Encoder()
+    movecode.write_order(coder, order)
+    assert coder.bits < math.lgamma(n + 1) / math.log(2) + 0.5
+    assert np.array_equal(movecode.read_order(Decoder(coder.finish()), n), order)
+
+
 def _layout(entries: list[delta.Entry]) -> bytes:
     from weightfold.zoo.layout import write_layout
 
@@ -259,8 +282,6 @@ def _layout(entries: list[delta.Entry]) -> bytes:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1023, 5000])
 def test_streams_of_symbols(n: int) -> None:
-    import numpy as np
-
     rng = np.random.default_rng(n)
     contexts = rng.integers(0, 3, n)
     symbols = np.minimum(rng.geometric(0.1 + 0.2 * contexts, n) if n else np.zeros(0, np.int64), 99)

@@ -31,7 +31,7 @@ _MANTISSAS = {
     torch.complex64: 23,
     torch.complex128: 52,
 }
-LARGEST_LAYOUT = 1 << 26
+LARGEST_LAYOUT, MOST_TENSORS = 1 << 24, 1 << 18
 MAX_DIMS = 64
 
 
@@ -76,6 +76,8 @@ def entries_of(child: Mapping[str, Tensor], parent: Mapping[str, Tensor]) -> lis
     """
     number = {name: i for i, name in enumerate(parent)}
     out = []
+    if len(child) > MOST_TENSORS:
+        raise ArtifactError(f"A difference holds {MOST_TENSORS:,} tensors at most; there are {len(child):,}.")
     for name, value in child.items():
         if value.dtype not in DTYPES or value.layout != torch.strided or value.is_quantized:
             kinds = f"{value.dtype}, {value.layout}"
@@ -127,7 +129,7 @@ def read_layout(data: bytes, parent: Mapping[str, Tensor]) -> list[Entry]:
         raise corrupt("its list of tensors is damaged")
     reader = Reader(plain)
     owned = list(parent.items())
-    entries = [_read_entry(reader, owned) for _ in range(reader.count(len(plain)))]
+    entries = [_read_entry(reader, owned) for _ in range(reader.count(MOST_TENSORS))]
     if not reader.done or len({e.name for e in entries}) != len(entries):
         raise corrupt("its list of tensors is damaged")
     return entries

@@ -22,6 +22,7 @@ from weightfold.graph.layout import from_front, to_front
 from weightfold.weights.symmetry import Members, Slot, Symmetries
 from weightfold.weights.work import assign, graph_slots, in_reach, permute_
 from weightfold.zoo.moves import FINE_DIGITS, Alignment, Factors, Order, Place, rounded
+from weightfold.zoo.predicted import REAL
 
 SWEEPS = 2
 AGREEING, ROUNDING = 4, 1e-6
@@ -96,7 +97,8 @@ def _pair(found: Symmetries, child: Mapping[str, Tensor], parent: Mapping[str, T
     names = [
         n
         for n in found.shapes
-        if n in child and n in parent and child[n].shape == parent[n].shape and child[n].is_floating_point()
+        if n in child and n in parent and child[n].shape == parent[n].shape
+        if child[n].dtype in REAL and parent[n].dtype in REAL
     ]
     one, two = ({n: torch.nan_to_num(s[n].detach().cpu().double(), 0, 0, 0) for n in names} for s in (child, parent))
     return _Pair(found, one, two)

@@ -12,6 +12,8 @@ from weightfold.artifact.rangecoder import SCALE, Decoder, Encoder
 from weightfold.zoo.moves import Alignment, Array, Factors, Order, Place, Shapes
 
 MAX_MOVES = 1 << 14
+MOST_TOUCHES = 64
+"""Moves that may name one position of a tensor, on the average."""
 
 
 def write(coder: Encoder, moves: Alignment, digits: int) -> None:
@@ -38,7 +40,7 @@ def read(decoder: Decoder, shapes: Shapes) -> Alignment:
     Raises:
         ArtifactError: a place lies outside its tensor, or is named twice.
     """
-    model = _Model()
+    model = _Model(4096 + MOST_TOUCHES * sum(sum(shape) for shape in shapes))
     if not decoder.learn(model.of(1)):
         return Alignment()
     counts = [model.read_number(decoder, 1) for _ in range(2)]
@@ -61,7 +63,8 @@ def read(decoder: Decoder, shapes: Shapes) -> Alignment:
 class _Model:
     """How moves are coded: each number by what was seen at the same point of earlier ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
+        self._room = room
         self._flags = Contexts()
         self._numbers: dict[int, Whole] = {}
         self._tensor = 0
@@ -129,7 +132,8 @@ class _Model:
 
     def _read_index(self, decoder: Decoder, n: int, size: int) -> Array:
         width = self.read_number(decoder, 7) + 1
-        if width < 1 or n * width > 64 * size:
+        self._room -= n * max(width, 1)
+        if width < 1 or n * width > MOST_TOUCHES * size or self._room < 0:
             raise corrupt(f"{n} channels of {width} positions in a dimension of {size}")
         if not decoder.learn(self.of(8)):
             start, step = self.read_number(decoder, 9), self.read_number(decoder, 10) + width

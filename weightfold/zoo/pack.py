@@ -216,15 +216,15 @@ class _Packing:
         try:
             child, parent = self._state(one), self._state(two)
             step = self._lossy.step if self._lossy is not None and not self._lossy.relative else None
-            return estimate(child, parent, moves=self._moves(one, child, two, parent), step=step)
+            return estimate(child, parent, moves=self._moves(one, child, parent), step=step)
         except WeightfoldError as error:
             self._notes[one] = error.message
             return float("inf")
 
-    def _moves(self, one: str, child: State, two: str, parent: State) -> Alignment:
+    def _moves(self, one: str, child: State, parent: State) -> Alignment:
         """What brings a parent to its child; nothing where they are near already, or no symmetries are known."""
         found = self._zoo.symmetries(self._cards[one].name)
-        if found is None or _distance(child, parent) < NEAR or (differences(child, parent) and one != two):  # type: ignore[arg-type]
+        if found is None or _distance(child, parent) < NEAR:
             return Alignment()
         return match(found, child, parent)
 
@@ -266,7 +266,7 @@ class _Packing:
 
     def _switched(self, digest: str, parent: str) -> Row:
         child, base = self._state(digest), self._state(parent)
-        moves = self._moves(digest, child, parent, base)
+        moves = self._moves(digest, child, base)
         step, relative, note = None, False, "; ".join(differences(base, child)[:1])  # type: ignore[arg-type]
         if self._lossy is not None:
             step, relative = self._lossy.step, self._lossy.relative

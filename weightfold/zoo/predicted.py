@@ -80,7 +80,7 @@ def moved_parent(entries: Sequence[Entry], parent: State, found: Alignment, with
 
 def movable(entries: Sequence[Entry]) -> list[tuple[int, ...]]:
     """Shapes of the tensors that moves may name; others count as having no dimension."""
-    real = [e.source is not None and e.dtype.is_floating_point for e in entries]
+    real = [e.source is not None and e.dtype in REAL for e in entries]
     return [e.shape if yes else () for e, yes in zip(entries, real, strict=True)]
 
 
