@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -141,9 +142,9 @@ class Index:
         found = sorted((float(d), int(p)) for d, p in zip(exact, place, strict=True))
         return [(self._ids[p], d) for d, p in found]
 
-    def _scan(self, vector: Vectors, first: int, stop: int, k: int) -> tuple[npt.NDArray[np.int64], Vectors]:
+    def _scan(self, vector: Vectors, first: int, stop: int, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """Nearest vectors of one stretch: places, and squared distances less the query's own square."""
-        far: Vectors = self._squares[first:stop] - 2 * (self._vectors[first:stop] @ vector)
+        far = self._squares[first:stop] - self._vectors[first:stop] @ (vector + vector)
         if len(self._places) != self._n:
             far[self._gone[first:stop]] = np.inf
         if len(far) > k:
@@ -153,7 +154,7 @@ class Index:
             near = np.flatnonzero(np.isfinite(far))
         return near + first, far[near]
 
-    def _probe(self, vector: Vectors, k: int) -> tuple[npt.NDArray[np.int64], Vectors]:
+    def _probe(self, vector: Vectors, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """Look at the tail, then at cells from the nearest on, as many as are looked at."""
         to_centre = ((self._centres - vector) ** 2).sum(1)
         cells = np.argsort(to_centre)[: self.n_probes]
@@ -235,7 +236,7 @@ class Index:
             ArtifactError: the file is none, or damaged.
         """
         try:
-            with np.load(Path(path), allow_pickle=False) as held:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as held:
                 version, dim, exact, n, probes = (int(v) for v in held["facts"])
                 index = cls(dim, exact=exact)
                 index.n_probes = max(1, probes)
