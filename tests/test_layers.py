@@ -67,7 +67,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "runtime": (),
         "export": ("runtime",),
         "bench": ("runtime", "export"),
-        "zoo": ("export",),
+        "zoo": ("runtime", "export"),
         "uses": (),
         "training": ("compressor", "replay", "export", "bench"),
         "report": ("compressor", "replay", "export"),

@@ -168,7 +168,8 @@ def symmetries(model: nn.Module, example: Example, *, graph: ChannelGraph | None
 
 def _norms(model: nn.Module, example: Example, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Norm, ...]:
     """Batch norms, each with the layer that it follows if it is that layer's only reader."""
-    if not any(isinstance(m, nn.modules.batchnorm._NormBase) for m in model.modules()):
+    by_module = any(isinstance(m, nn.modules.batchnorm._NormBase) for m in model.modules())
+    if not by_module and not any(name.endswith("running_mean") for name in shapes):  # a graph has no such modules
         return ()
     twin = structural_copy(model).eval()
     program = export_program(twin, example)

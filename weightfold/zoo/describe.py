@@ -24,6 +24,7 @@ from weightfold.export.example import zeros
 from weightfold.export.opened import open_model
 from weightfold.export.saved import make, structure_of
 from weightfold.graph.trace import Example, arguments
+from weightfold.runtime.require import quiet
 from weightfold.weights.compare import differences
 from weightfold.weights.symmetry import Symmetries, symmetries
 from weightfold.zoo import embed
@@ -181,8 +182,9 @@ def _embedded_alone(state: Mapping[str, Tensor]) -> bytes | None:
 def _reasoned(build: Any, structure: Structure | None) -> Traced:
     """Trace a model; whatever fails is a reason, for the tensors can be kept without."""
     try:
-        model, example = build()
-        return Traced(symmetries(model.eval(), example), None, structure)
+        with quiet():
+            model, example = build()
+            return Traced(symmetries(model.eval(), example), None, structure)
     except WeightfoldError as error:
         return Traced(None, error.message, structure)
     except Exception as error:  # tracing runs the model's own code
@@ -198,7 +200,10 @@ def _rebuilt(item: Imported) -> tuple[nn.Module, Any]:
     if structure.builder.kind != "built-in":
         if PROGRAM not in item.metadata:
             raise ArtifactError(f"it is made by '{structure.builder.name}', which is not run: pass it as the model")
-        return program_module(item.metadata[PROGRAM], item.state, where), zeros(structure.inputs)
+        model = program_module(item.metadata[PROGRAM], item.state, where)
+        for mode in ("train", "eval"):  # a graph has one mode and refuses these; it computes as in evaluation mode
+            vars(model).pop(mode, None)
+        return model, zeros(structure.inputs)
     model = make(structure.builder, None)  # type: ignore[arg-type]
     rebuild_(model, structure, where)
     return _loaded(model, item), zeros(structure.inputs)

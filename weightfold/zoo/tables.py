@@ -26,7 +26,7 @@ _CLASSES = {
     made.__name__: made
     for made in (Axis, ChannelGraph, ChannelGroup, Freedom, Frozen, Gain, Gauge, Members, Norm, Slot, Symmetries)
 }
-_LARGEST = 1 << 31
+_LARGEST = 1 << 30
 
 
 def to_bytes(found: Symmetries) -> bytes:
@@ -55,7 +55,10 @@ def from_bytes(data: bytes) -> Symmetries:
         ArtifactError: the bytes are damaged.
     """
     try:
-        whole = zlib.decompressobj().decompress(data[8:], _LARGEST)
+        unpacker = zlib.decompressobj()
+        whole = unpacker.decompress(data[8:], _LARGEST)
+        if not unpacker.eof:
+            raise ValueError("they are cut off")
         n_text = int.from_bytes(data[:8], "little")
         tables = load(whole[n_text:])
         found = _made(json.loads(whole[:n_text]), tables)
