@@ -27,7 +27,7 @@ EXACT = 100_000
 """Vectors up to which every one is looked at."""
 PER_CELL = 700
 """Vectors a cell, on average."""
-LEAST_PROBES, MOST_SHARE, RECALL, TRIED = 4, 0.1, 0.998, 200
+LEAST_PROBES, MOST_SHARE, RECALL, TRIED = 4, 0.1, 0.998, 64
 ITERATIONS, SAMPLE = 8, 64
 """Rounds of k-means, on so many vectors a cell."""
 WORTH = 0.05
