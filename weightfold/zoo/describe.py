@@ -30,7 +30,7 @@ from weightfold.weights.symmetry import Symmetries, symmetries
 from weightfold.zoo import embed
 from weightfold.zoo.imports import Imported
 
-TENSORS_ONLY = "only tensors are known: pass the model that they belong to, and an example of its input"
+TENSORS_ONLY = "only tensors are known; name the model that they belong to, and an example of its input"
 N_SHOWN = 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from weightfold.cli.zoo.common import HASH_DIGITS, Folder, parse_facts, plain_ca
 if TYPE_CHECKING:
     from weightfold.zoo.card import Card
 
-N_SHOWN = 20
+N_SHOWN, N_REASONS = 20, 5
 
 
 @guarded
@@ -85,12 +86,16 @@ def _print(cards: list[Card], n_new: int) -> None:
             show.plain(card.architecture or "–"),
             f"{card.n_parameters:,}",
             size(card.size_bytes),
-            "yes" if card.semantic_hash else f"[dim]no: {show.plain(card.hash_reason)}[/]",
+            "yes" if card.semantic_hash else "[dim]no[/]",
         ]
         for card in cards[:N_SHOWN]
     ]
     if rows:
         show.table(("model", "digest", "architecture", "parameters", "size", "semantic hash"), rows, right=(3, 4))
+    reasons = Counter(card.hash_reason for card in cards if card.hash_reason)
+    for reason, count in reasons.most_common(N_REASONS):
+        models = f"{count:,} {'model' if count == 1 else 'models'}"
+        show.console().print(f"[yellow]no semantic hash[/]  {models}: {show.plain(reason)}", soft_wrap=True)
     more = f", {len(cards) - N_SHOWN:,} more than shown" if len(cards) > N_SHOWN else ""
     known = len(cards) - n_new
     there = f"; {known:,} {'was' if known == 1 else 'were'} there already" if known > 0 else ""
