@@ -63,6 +63,12 @@ def test_a_type_that_no_file_holds_is_refused_by_name(zoo: Zoo) -> None:
 
 def test_what_was_read_is_the_callers_own(zoo: Zoo) -> None:
     parent, child = pair(zoo)
+    half = {**child, "2.weight": parent["2.weight"]}
+    zoo.add(half, name="half")
+    switched(zoo, "half", "parent")
+    for value in zoo.state("half").values():
+        value.zero_()
+    assert equal(zoo.state("half"), half)
     zoo.state("child")["0.weight"].zero_()
     zoo.state("parent")["0.weight"].zero_()
     assert equal(zoo.state("child"), child)
@@ -213,6 +219,15 @@ def test_without_a_structure_the_card_says_why_there_is_no_hash(zoo: Zoo) -> Non
     assert card.semantic_hash is None
     assert "NaN" in str(card.hash_reason)
     assert equal(zoo.state("c"), broken.state_dict())
+
+
+def test_a_broken_first_model_does_not_spoil_the_others_hashes(zoo: Zoo) -> None:
+    broken = net(2)
+    with torch.no_grad():
+        broken[2].weight.fill_(float("nan"))
+    cards = zoo.add_many([broken, net(3)], names=["broken", "sound"], example=EXAMPLE)
+    assert cards[0].semantic_hash is None
+    assert same_hash(str(cards[1].semantic_hash), semantic_hash(net(3), EXAMPLE))
 
 
 def test_tensors_of_another_architecture_than_was_named_are_refused(zoo: Zoo) -> None:

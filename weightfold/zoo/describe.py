@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from weightfold.artifact import Builder, Input, Structure
@@ -77,7 +78,8 @@ class Tracer:
             ConfigError: the model cannot be made.
         """
         named = item.module if model is None else model
-        return self._by_structure(item) if named is None else self._by_template(item, named, example)
+        built_in = item.structure is not None and item.structure.builder.kind == "built-in"
+        return self._by_structure(item) if named is None or built_in else self._by_template(item, named, example)
 
     def _by_structure(self, item: Imported) -> Traced:
         if item.structure is None:
@@ -95,7 +97,7 @@ class Tracer:
         if key not in self._templates:
             self._templates[key] = _template(model, example)
         module, inputs, structure = self._templates[key]
-        edits = item.structure if item.structure is not None and item.structure.builder.kind != "built-in" else None
+        edits = item.structure
         if edits is None:
             _check_fit(module, item)
         signature = (key, None if edits is None else _core(edits))
@@ -200,7 +202,7 @@ def _rebuilt(item: Imported) -> tuple[nn.Module, Any]:
     if structure.builder.kind != "built-in":
         if PROGRAM not in item.metadata:
             raise ArtifactError(f"it is made by '{structure.builder.name}', which is not run: pass it as the model")
-        model = program_module(item.metadata[PROGRAM], item.state, where)
+        model = program_module(item.metadata[PROGRAM], _sound(item.state), where)
         for mode in ("train", "eval"):  # a graph has one mode and refuses these; it computes as in evaluation mode
             vars(model).pop(mode, None)
         return model, zeros(structure.inputs)
@@ -210,8 +212,22 @@ def _rebuilt(item: Imported) -> tuple[nn.Module, Any]:
 
 
 def _loaded(model: nn.Module, item: Imported) -> nn.Module:
-    model.load_state_dict(item.state, strict=False)
+    model.load_state_dict(_sound(item.state), strict=False)
     return model
+
+
+def _sound(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights to try an architecture with, which counts for all its models: drawn where those at hand are broken."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: 0.1 * torch.randn(value.shape, generator=generator).to(value.dtype) if _is_broken(value) else value
+        for name, value in state.items()
+    }
+
+
+def _is_broken(value: Tensor) -> bool:
+    """Whether a tensor holds NaN or infinity; minus infinity is what masks are made of."""
+    return value.is_floating_point() and not bool((value.float().isfinite() | (value.float() == -torch.inf)).all())
 
 
 def _template(model: str | nn.Module, example: Any) -> tuple[nn.Module, Any, Structure]:
