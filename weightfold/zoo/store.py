@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -176,7 +177,7 @@ class Zoo:
             for batch in self._batches(sources, wishes, model, example, refused, progress):
                 made = records(*map(list, zip(*batch, strict=True)))
                 cards += written.result() if written is not None else []
-                written = disk.submit(self._write, made, refused)
+                written = disk.submit(self._write_or_tidy, made, refused)
             return cards + (written.result() if written is not None else [])
 
     def _batches(
@@ -207,6 +208,15 @@ class Zoo:
                 progress(at + 1, len(sources), str(wish.name or source if isinstance(source, str | Path) else ""))
         if batch:
             yield batch
+
+    def _write_or_tidy(self, made: Sequence[Record], refused: Refused | None) -> list[Card]:
+        """Write models; if that fails, give the space of their blobs back unless others are at work."""
+        try:
+            return self._write(made, refused)
+        except WeightfoldError:
+            with suppress(WeightfoldError):
+                self.sweep(wait_s=0.0)
+            raise
 
     def _write(self, made: Sequence[Record], refused: Refused | None) -> list[Card]:
         """Write the blobs of some models, then name them all in one transaction."""

@@ -30,6 +30,7 @@ def rm(
     if unpack and children:
         raise ConfigError("--unpack keeps the children, --children removes them.", remedy="Choose one.")
     with Zoo.open(zoo, create=False) as opened:
+        opened.sweep(wait_s=0.0)  # a full disk needs room for the record of the removal
         gone = opened.remove(model, children=children, unpack=unpack)
         swept = opened.sweep()
     n_bytes = 0 if swept is None else swept.n_bytes
