@@ -192,6 +192,17 @@ def test_steps_bound_the_error_and_coarser_ones_are_smaller() -> None:
     assert len(encode(child, parent, step=2.0, relative=True)) < len(encode(child, parent, step=0.2, relative=True))
 
 
+def test_carrying_keeps_sums_over_inputs() -> None:
+    parent = {"w": torch.randn(16, 200, generator=torch.Generator().manual_seed(0))}
+    child = tuned(parent)
+    errors = {}
+    for carry in (False, True):
+        back = decode(encode(child, parent, step=0.03, carry=carry), parent)
+        errors[carry] = back["w"] - child["w"]
+    assert float(errors[True].sum(1).abs().max()) <= 0.7001 * 0.03 < float(errors[False].sum(1).abs().max())
+    assert float(errors[True].abs().max()) <= 1.4001 * 0.03
+
+
 def test_whole_numbers_and_broken_ones_stay_exact_in_steps() -> None:
     parent = {"n": torch.tensor(5), "w": torch.randn(4, 4), "v": torch.ones(6), "i": torch.randint(0, 99, (8, 8))}
     child = {"n": torch.tensor(9), "w": parent["w"].clone(), "v": torch.rand(6) + 1e-4, "i": parent["i"] + 1}

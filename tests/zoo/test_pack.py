@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.fingerprint import digest
 from weightfold.weights.disguise import disguise
+from weightfold.zoo.objects import Objects
 from weightfold.zoo.pack import pack
 from weightfold.zoo.parents import forest
 from weightfold.zoo.steps import Lossy, by_measure, by_outputs, random_inputs
@@ -182,6 +184,48 @@ def test_a_model_that_goes_away_meanwhile_is_left_out(zoo: Zoo, monkeypatch: pyt
     assert (row.parent, row.before) == (None, row.after)
     assert "packed anew" in row.note
     assert not zoo.verify()
+
+
+def test_a_full_disk_leaves_every_model_as_it_was(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = family(zoo, roots=1)
+
+    def full(self: Objects, data: bytes) -> str:
+        raise ArtifactError("The zoo could not be written: No space left on device.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "put", full)
+        done = pack(zoo)
+    assert done.n_packed == 0
+    assert any("No space left" in row.note for row in done.rows)
+    assert all(card.is_full for card in zoo.cards())
+    assert same(zoo, held)
+    assert pack(zoo).n_packed == 3
+
+
+def test_two_packers_and_a_writer_at_once(zoo: Zoo) -> None:
+    held = family(zoo)
+    errors: list[BaseException] = []
+
+    def packing() -> None:
+        try:
+            with Zoo.open(zoo.folder, create=False) as own:
+                pack(own)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=packing) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for seed in range(5):
+        late = tuned(make(0), 50 + seed)
+        zoo.add(late, name=f"late{seed}", example=EXAMPLE)
+        held[f"late{seed}"] = {n: v.detach().clone() for n, v in late.state_dict().items()}
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert same(zoo, held)
+    assert not zoo.verify()
+    assert sum(not card.is_full for card in zoo.cards()) >= 6
 
 
 def test_killed_at_any_moment_no_model_is_lost(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from weightfold.zoo.numbers import Array
 
 DEAD = 0.7
 """Share of a step below which a difference is dropped; larger ones are rounded to the nearest multiple."""
-MOST = 32767
+MOST, MOST_CARRIED = 32767, 1 << 16
 STEP_DIGITS = 8
 MOST_HALVINGS = 60
 
@@ -78,14 +78,14 @@ def grain_of(child: Array, parent: Array, entry: Entry, step: float) -> Grain:
     return Grain(False, int(min(max(0.0, np.ceil(np.log2(4 * step / max(size, 1e-9)))), 8)))
 
 
-def codes_of(child: Array, parent: Array, factor: Array, step: float) -> Array | None:
+def codes_of(child: Array, parent: Array, factor: Array, step: float, carry: bool = False) -> Array | None:
     """Multiples of the step by which a child differs from its moved parent; None if they are too many.
 
     All arrays stand in the child's shape: the parent in the child's order, and the factors between the two.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         steps = (child.astype(np.float64) / factor - parent) / step
-    return _rounded(steps)
+    return _carried(steps) if carry and steps.ndim > 1 and steps.size else _rounded(steps)
 
 
 def ladder_codes(child_bits: Array, predicted: Array, entry: Entry, step: float) -> Array | None:
@@ -98,6 +98,20 @@ def ladder_codes(child_bits: Array, predicted: Array, entry: Entry, step: float)
 def ladder_shift(entry: Entry, step: float) -> int:
     """Binary digits of a float's mantissa that a share so large leaves open."""
     return max(0, kind_of(entry.dtype).n_mantissa + frexp(min(step, 0.5))[1] - 1)
+
+
+def _carried(steps: Array) -> Array | None:
+    """Round along each row, what is left of each number added to the next: sums over inputs keep their value."""
+    rows = steps.reshape(len(steps), -1)
+    if _rounded(rows) is None or rows.shape[1] > MOST_CARRIED:
+        return _rounded(steps)
+    codes, left = np.zeros(rows.shape, np.int32), np.zeros(len(rows))
+    for column, own in enumerate(rows.T):
+        wanted = own + left
+        code = np.where((np.abs(wanted) < DEAD) | (own == 0), 0.0, np.rint(wanted))
+        codes[:, column] = code
+        left = np.where(own == 0, left, wanted - code)
+    return codes.reshape(steps.shape)
 
 
 def _rounded(steps: Array) -> Array | None:

@@ -28,6 +28,7 @@ def write_tensors(
     ties: Mapping[int, int],
     step: float | None,
     plain: bool,
+    carry: bool = False,
 ) -> bytes:
     """Code each tensor in the mode that suits it."""
     grains, lines, body = lossy.Grains(), [], bytearray()
@@ -46,7 +47,7 @@ def write_tensors(
         else:
             mode = NEAR
             if step is not None and entry.source is not None and entry.dtype in REAL:
-                codes, grain = _codes(moved, i, bits[i], predicted, step)
+                codes, grain = _codes(moved, i, bits[i], predicted, step, carry)
                 mode = NEAR if codes is None else CODES
         _write_mode(coder, flags, mode, before)
         before = mode
@@ -78,7 +79,9 @@ def _twins(entries: Sequence[Entry], bits: Sequence[Array], ties: Mapping[int, i
     return {i: owner for i, owner in pairs if owner != i}
 
 
-def _codes(moved: Moved, i: int, bits: Array, predicted: Array, step: float) -> tuple[Array | None, lossy.Grain]:
+def _codes(
+    moved: Moved, i: int, bits: Array, predicted: Array, step: float, carry: bool
+) -> tuple[Array | None, lossy.Grain]:
     entry = moved.entries[i]
     values = values_of(bits, entry.dtype).reshape(entry.shape)
     parent, factor = moved.basis(i)
@@ -86,7 +89,7 @@ def _codes(moved: Moved, i: int, bits: Array, predicted: Array, step: float) -> 
     own = grain.step(step)
     if grain.ladder:
         return lossy.ladder_codes(bits, predicted, entry, own), grain
-    return lossy.codes_of(values, parent, factor, own), grain
+    return lossy.codes_of(values, parent, factor, own, carry), grain
 
 
 def _write_mode(coder: Encoder, flags: Contexts, mode: int, before: int) -> None:

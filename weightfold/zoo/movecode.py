@@ -68,6 +68,7 @@ class _Model:
         self._flags = Contexts()
         self._numbers: dict[int, Whole] = {}
         self._tensor = 0
+        self._last: Array | None = None
 
     def of(self, context: int) -> list[int]:
         return self._flags.of(context)
@@ -94,8 +95,12 @@ class _Model:
             self._index(coder, place.index)
 
     def _index(self, coder: Encoder, index: Array) -> None:
-        """Code positions: as channel c, slot m at start + c step + m stride if they are, else one by one."""
-        width = index.shape[1]
+        """Code positions: as those before; as channel c, slot m at start + c step + m stride; or one by one."""
+        same = self._last is not None and np.array_equal(self._last, index)
+        coder.learn(same, self.of(13))
+        if same:
+            return
+        self._last, width = index, index.shape[1]
         self.number(coder, width - 1, 7)
         line = _line(index)
         coder.learn(line is None, self.of(8))
@@ -131,6 +136,8 @@ class _Model:
         return Place(self._tensor, dim, slabs, self._read_index(decoder, n, size), power)
 
     def _read_index(self, decoder: Decoder, n: int, size: int) -> Array:
+        if decoder.learn(self.of(13)):
+            return self._again(n, size)
         width = self.read_number(decoder, 7) + 1
         self._room -= n * max(width, 1)
         if width < 1 or n * width > MOST_TOUCHES * size or self._room < 0:
@@ -145,6 +152,17 @@ class _Model:
         used = index[index >= 0]
         if (used.size and (int(used.max()) >= size or len(np.unique(used)) != used.size)) or int(index.min()) < -1:
             raise corrupt(f"channels outside a dimension of {size}, or two in one place")
+        self._last = index
+        return index
+
+    def _again(self, n: int, size: int) -> Array:
+        """The positions of the place before, if they fit here."""
+        index = self._last
+        if index is None or len(index) != n or int(index.max()) >= size:
+            raise corrupt(f"{n} channels cannot stand where those before did")
+        self._room -= index.size
+        if self._room < 0:
+            raise corrupt(f"{n} channels of {index.shape[1]} positions in a dimension of {size}")
         return index
 
     def factors(self, coder: Encoder, factors: Array, digits: int) -> None:

@@ -267,13 +267,13 @@ class _Packing:
     def _switched(self, digest: str, parent: str) -> Row:
         child, base = self._state(digest), self._state(parent)
         moves = self._moves(digest, child, base)
-        step, relative, note = None, False, "; ".join(differences(base, child)[:1])  # type: ignore[arg-type]
+        step, relative, carry, note = None, False, False, "; ".join(differences(base, child)[:1])  # type: ignore[arg-type]
         if self._lossy is not None:
-            step, relative = self._lossy.step, self._lossy.relative
+            step, relative, carry = self._lossy.step, self._lossy.relative, self._lossy.carry
             if step is None:
                 step, relative = largest_step(child, base, moves, self._lossy), False
                 note = note or ("no step keeps the bound: exact" if step is None else "")
-        data = encode(child, base, moves=moves, step=step, relative=relative)
+        data = encode(child, base, moves=moves, step=step, relative=relative, carry=carry)
         decoded = decode(data, base)
         found = digest_of(decoded)
         if step is None and found != digest:

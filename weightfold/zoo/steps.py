@@ -29,6 +29,7 @@ class Lossy:
     Args:
         step: differences below 0.7 steps are dropped, others off by half a step at most; None: found by `change`.
         relative: the step is a share of the root mean square of a model's differences.
+        carry: weights are rounded so that sums over inputs stay.
         change: what is measured; see `by_measure`, `by_outputs`.
         within: the most that `change` may be.
     Raises:
@@ -42,6 +43,7 @@ class Lossy:
     relative: bool = False
     change: Change | None = None
     within: float | None = None
+    carry: bool = False
 
     def __post_init__(self) -> None:
         if (self.step is None) == (self.within is None):
@@ -108,7 +110,7 @@ def largest_step(child: State, parent: State, moves: Alignment, lossy: Lossy) ->
     size = spread_of(child, parent, moves)
 
     def keeps(power: float) -> bool:
-        back = decode(encode(child, parent, moves=moves, step=size * 2**power), parent)
+        back = decode(encode(child, parent, moves=moves, step=size * 2**power, carry=lossy.carry), parent)
         return change(child, back) <= within
 
     if size == 0:

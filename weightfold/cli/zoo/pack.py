@@ -34,6 +34,9 @@ def pack(
     relative: Annotated[
         bool, typer.Option("--relative", help="STEP is a share of the spread of a model's differences.")
     ] = False,
+    carry: Annotated[
+        bool, typer.Option("--carry", help="Round so that sums over inputs stay: closer outputs behind ReLUs.")
+    ] = False,
     max_difference: Annotated[
         float | None,
         typer.Option(
@@ -57,7 +60,7 @@ def pack(
     if relative and lossy is None:
         raise ConfigError("--relative says what the step of --lossy is a share of.", remedy="Add --lossy STEP.")
     with Zoo.open(zoo, create=False) as opened, show.progress("packing", quiet=as_json) as update:
-        how = _lossy(opened, lossy, relative, max_difference, model, example)
+        how = _lossy(opened, lossy, relative, carry, max_difference, model, example)
         done = packed(opened, lossy=how, models=models or (), depth=depth, plan=plan, progress=update)
     if as_json:
         show.print_json(
@@ -68,14 +71,20 @@ def pack(
 
 
 def _lossy(
-    zoo: Zoo, step: float | None, relative: bool, bound: float | None, model: str | None, example: list[str] | None
+    zoo: Zoo,
+    step: float | None,
+    relative: bool,
+    carry: bool,
+    bound: float | None,
+    model: str | None,
+    example: list[str] | None,
 ) -> Lossy | None:
     """What the options say about rounding."""
     from weightfold.zoo.steps import Lossy
 
     if bound is None:
-        return None if step is None else Lossy(step=step, relative=relative)
-    return Lossy(step=step, relative=relative, change=_change(zoo, model, example), within=bound)
+        return None if step is None else Lossy(step=step, relative=relative, carry=carry)
+    return Lossy(step=step, relative=relative, change=_change(zoo, model, example), within=bound, carry=carry)
 
 
 def _change(zoo: Zoo, model: str | None, example: list[str] | None) -> Any:
