@@ -321,8 +321,8 @@ def compared(fold: Spied) -> list[list[float]]:
 
 def summary(bed: str, dial: Mapping[str, float], seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, paired differences, and the keys that were asked for."""
-    names = [name for name in ARMS if all(name in s["arms"] for s in seeds)]
-    arms = {name: arm_summary([s["arms"][name] for s in seeds]) for name in names}
+    runs = {name: [s["arms"][name] for s in seeds if name in s["arms"]] for name in ARMS}
+    arms = {name: arm_summary(found) for name, found in runs.items() if found}
     delta = differences(seeds, "ours", "dense")
     prices = [(s["plan"].get("chosen") or {}).get("forecast_points") for s in seeds]
     known = [price for price in prices if price is not None]
@@ -356,6 +356,7 @@ def summary(bed: str, dial: Mapping[str, float], seeds: list[dict[str, Any]]) ->
         "prepare_share": round(mean(p / d for p, d in zip(prepares, dense, strict=True)), 4),
         "rank_correlation": round(float(stats.spearmanr(*zip(*pairs, strict=True)).statistic), 3) if pairs else None,
         "measured_over_predicted": round(median(m / p for p, m in big), 3) if big else None,
+        "by_seed": [{"seed": s["seed"], **{n: run["accuracy"] for n, run in s["arms"].items()}} for s in seeds],
         "plans": [s["plan"] for s in seeds],
     }
 
@@ -363,6 +364,7 @@ def summary(bed: str, dial: Mapping[str, float], seeds: list[dict[str, Any]]) ->
 def arm_summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     accuracies = [run["accuracy"] for run in runs]
     return {
+        "seeds": len(runs),
         "accuracy_mean": round(mean(accuracies), 3),
         "accuracy_sd": round(stdev(accuracies), 3) if len(runs) > 1 else None,
         "seconds_mean": round(mean(run["seconds"] for run in runs), 2),

@@ -69,7 +69,10 @@ def train(
     tuned: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep to widths that weightfold tune found quick.")
     ] = None,
-    at: Annotated[float, typer.Option(help="When to act, as a share of the steps.")] = 0.1,
+    at: Annotated[
+        float | None,
+        typer.Option(help="When to act, as a share of the steps.", show_default="0.1, self-compress: by the target"),
+    ] = None,
     max_accuracy_loss: Annotated[
         float | None, typer.Option(metavar="POINTS", help="Dial: fold or compress as far as this costs.")
     ] = None,

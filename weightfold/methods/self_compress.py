@@ -43,7 +43,7 @@ from weightfold.graph.group import ChannelGroup
 from weightfold.methods.base import Method, Moment, Proposal, check_liked
 from weightfold.quant.activations import Activations
 from weightfold.quant.activations import Grid as InputGrid
-from weightfold.quant.budget import Budget, Caution, Ramp, expected_accuracy, target_bytes
+from weightfold.quant.budget import Budget, Caution, Ramp, course, expected_accuracy, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, evenly, first_of_blocks, observe_spans
 from weightfold.quant.fake import start, step_index
@@ -70,10 +70,11 @@ class SelfCompressConfig(Config):
     """instead: how many points of accuracy on the probe the run may fall behind its own best, 0 to 100"""
     strength: float = Field(default=1e-6, gt=0)
     """without either: λ, what a bit of the file costs in the loss, in nats"""
-    at: float = Field(default=0.1, ge=0, lt=1)
-    """when quantisation begins, as a share of the steps"""
-    reach: float = Field(default=0.4, gt=0, le=1)
-    """when the target is to be met (without one: when λ has grown to its full size), as a share of the steps"""
+    at: float | None = Field(default=None, ge=0, lt=1)
+    """when quantisation begins, as a share of the steps; by default the later the milder the target, 0.1 without one"""
+    reach: float | None = Field(default=None, gt=0, le=1)
+    """when the target is to be met (without one: when λ has grown to its full size), as a share of the steps; 0.3 after
+    `at` by default"""
     resolution: float = Field(default=0.5, gt=0, le=10)
     """first step of each tensor, in standard deviations of its weights"""
     step_lr: float = Field(default=3e-3, gt=0)
@@ -108,7 +109,7 @@ class SelfCompressConfig(Config):
     def _one_aim(self) -> SelfCompressConfig:
         if self.target is not None and self.max_accuracy_loss is not None:
             raise ValueError("a target and max_accuracy_loss exclude each other: give one")
-        if self.reach <= self.at:
+        if self.reach is not None and self.at is not None and self.reach <= self.at:
             raise ValueError(f"reach ({self.reach:g}) must lie after at ({self.at:g})")
         return self
 
@@ -148,7 +149,8 @@ class SelfCompress(Method):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._learner: Learner | None = None
         self._activations: Activations | None = None
-        self._aim: Ramp | Budget | Caution = Ramp(self.config.strength, self.config.at, self.config.reach)
+        self._at, self._reach = course(self.config.at, self.config.reach)
+        self._aim: Ramp | Budget | Caution = Ramp(self.config.strength, self._at, self._reach)
         self._stuck: dict[str, Tensor] = {}
         self._dwelt: dict[str, Tensor] = {}
         self._still: dict[str, int] = {}
@@ -183,14 +185,16 @@ class SelfCompress(Method):
             expected_accuracy(moment.model, moment.probe, moment.autocast)
             self._aim = Caution(config.max_accuracy_loss)
         if config.target is not None:
-            target = target_bytes(config.target, file_bytes(unique_state(moment.model)))
+            full = file_bytes(unique_state(moment.model))
+            target = target_bytes(config.target, full)
+            self._at, self._reach = course(config.at, config.reach, target / full)
             least = self._least_bytes(moment)
             if target < least:
                 raise ConfigError(
                     f"A file of {target:,} bytes is not possible: without any weight it still takes {least:,.0f}.",
                     remedy="Ask for more, or make the network itself smaller.",
                 )
-            self._aim = Budget(target, config.at, config.reach)
+            self._aim = Budget(target, self._at, self._reach)
 
     def _least_bytes(self, moment: Moment) -> float:
         """The file without any weight: header, biases, norms and buffers, of one channel where channels can be cut."""
@@ -218,7 +222,7 @@ class SelfCompress(Method):
     # in training ----------------------------------------------------------------------------------------------------
 
     def _begin(self, total_steps: int) -> int:
-        return max(1, round(self.config.at * total_steps))
+        return max(1, round(self._at * total_steps))
 
     def _due(self, step: int, total_steps: int) -> bool:
         return step % max(1, round(self.config.check * total_steps)) == 0 or step == total_steps
@@ -364,7 +368,7 @@ class SelfCompress(Method):
             loss = float(moment.ranks.shared(sum(own) / len(own)))
             self._best_loss = min(self._best_loss, loss)
             self._guarded = loss > self._best_loss + self.config.guard
-        late = moment.step >= self.config.reach * moment.total_steps / 2
+        late = moment.step >= self._reach * moment.total_steps / 2
         if self.config.pareto and late and moment.probe and moment.loss is not None and moment.ranks.leads:
             found = losses(moment.model, moment.probe, moment.loss, moment.autocast)
             loss = sum(found) / len(found)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from weightfold.replay import Replay
 
 MOMENTUM = 0.9
+EVENT = 0.1
+"""When a method acts that was given no time, as a share of the steps."""
 
 Point = tuple[int, Tensor | float, float]
 """Step, loss, seconds of training so far."""
@@ -277,7 +279,7 @@ def make_method(config: TrainConfig) -> Method:
     ]
     if config.method == "self_compress":
         return found[0](**_compression(config))
-    settings: dict[str, Any] = {"keep": config.keep, "at": config.at}
+    settings: dict[str, Any] = {"keep": config.keep, "at": EVENT if config.at is None else config.at}
     for dial in ("max_accuracy_loss", "time_goal"):
         if getattr(config, dial) is not None:
             settings = {dial: getattr(config, dial)}
@@ -295,6 +297,6 @@ def make_method(config: TrainConfig) -> Method:
 
 def _compression(config: TrainConfig) -> dict[str, Any]:
     """Settings of self-compression."""
-    dials = {name: getattr(config, name) for name in ("target", "max_accuracy_loss", "strength", "liked")}
+    dials = {name: getattr(config, name) for name in ("target", "max_accuracy_loss", "strength", "liked", "at")}
     more = {"activation_strength": config.activation_strength, "pareto": config.pareto}
-    return {"at": config.at, **more, **{name: value for name, value in dials.items() if value is not None}}
+    return {**more, **{name: value for name, value in dials.items() if value is not None}}

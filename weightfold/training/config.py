@@ -70,8 +70,8 @@ class TrainConfig(Config):
     """widths that the target's kernels like, by channel group, as `weightfold tune` measured them"""
     race: Race | None = None
     """refuse events after which the network would be slower there than the dense one"""
-    at: float = Field(default=0.1, ge=0, le=1)
-    """when it acts, as a share of the steps"""
+    at: float | None = Field(default=None, ge=0, le=1)
+    """when it acts, as a share of the steps; 0.1 by default, self_compress decides by its target"""
     max_increase: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """largest increase of the loss on probe batches that is accepted"""
     dense: bool = True
