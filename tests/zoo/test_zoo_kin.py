@@ -196,6 +196,16 @@ def test_a_pair_and_a_single_model() -> None:
     assert tree([]) == []
 
 
+def test_other_tensors_of_the_same_number_are_strangers() -> None:
+    one = {"a": torch.randn(4, 6), "b": torch.randn(4)}
+    two = {"a": one["a"].reshape(6, 4), "b": one["b"]}
+    listed = [
+        Item(f"m{i}", f"{i}", "raw 28", embedding(s), None, lambda s=s: s, None) for i, s in enumerate((one, two))
+    ]
+    assert families(listed) == [[0], [1]]
+    assert dedupe(listed) == []
+
+
 def test_a_model_that_cannot_be_read_is_named() -> None:
     listed = items([make(1), make(2)])
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from weightfold.weights.align import align_tensors
+from weightfold.weights.canon import structure_digest
 from weightfold.weights.point import points
 from weightfold.weights.symmetry import Symmetries
 
@@ -39,7 +40,7 @@ class Item:
     Args:
         name: in the zoo.
         digest: of its content.
-        kind: equal for models of one architecture.
+        kind: equal for models of one architecture, names of tensors included, as far as that is known.
         vector: its embedding, or None.
         semantic_hash: or None.
         load: reads its tensors.
@@ -60,7 +61,9 @@ def items_of(zoo: Zoo) -> list[Item]:
     out = []
     for card in zoo.cards():
         found = zoo.symmetries(card.name) if card.semantic_hash is not None else None
-        kind = card.semantic_hash.split("-")[1] if card.semantic_hash and found is not None else f"raw {card.signature}"
+        kind = f"raw {card.n_parameters}"
+        if found is not None:
+            kind = " ".join([structure_digest(found), *found.shapes])
         load = lambda name=card.name: zoo.state(name)  # noqa: E731
         out.append(Item(card.name, card.digest, kind, card.embedding, card.semantic_hash, load, found))
     return out
@@ -104,12 +107,14 @@ class Shelf:
 
 
 def cosine(one: Tensors, two: Tensors) -> float:
-    """Cosine of two sets of tensors.
+    """Cosine of two sets of tensors; 0 if they have other names or shapes.
 
     Example:
         >>> cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([2.0, 0.0])})
         1.0
     """
+    if one.keys() != two.keys() or any(one[n].shape != two[n].shape for n in one):
+        return 0.0
     dot = sum(float((one[n] * two[n]).sum()) for n in one)
     sizes = [sum(float(t.square().sum()) for t in side.values()) for side in (one, two)]
     return dot / (sizes[0] * sizes[1]) ** 0.5 if min(sizes) > 0 else float(max(sizes) == 0)

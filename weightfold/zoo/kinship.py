@@ -62,12 +62,12 @@ def matrices(tensors: dict[str, Tensor]) -> list[Tensor]:
     out: list[Tensor] = []
     for tensor in tensors.values():
         if tensor.ndim > 2:
-            out.append(tensor.flatten(2).double())
+            out.append(tensor.flatten(2))
         elif tensor.ndim == 2 and out and out[-1].shape[1] == tensor.shape[1]:
-            out[-1] = torch.cat([out[-1], tensor[:, :, None].double()], 2)
+            out[-1] = torch.cat([out[-1], tensor[:, :, None]], 2)
         elif tensor.ndim == 2:
-            out.append(tensor[:, None, :].double())
-    out = [_thinned(m) for m in (out[i] for i in _evenly(len(out), MOST_MATRICES))]
+            out.append(tensor[:, None, :])
+    out = [_thinned(out[i]).double() for i in _evenly(len(out), MOST_MATRICES)]
     return [m / m.square().mean().sqrt().clamp_min(1e-30) for m in out]
 
 

@@ -22,8 +22,6 @@ from weightfold.zoo.kinship import Kin, features, kin, matrices, root_features
 
 COPY = 1e-5
 """Relative distance below which two models are copies, without a parent between them."""
-MOST_MEMBERS = 400
-"""Members of a family that are put into a tree; of larger ones those with the most relatives nearby would be needed."""
 Matrix = npt.NDArray[np.float64]
 
 
