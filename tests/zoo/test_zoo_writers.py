@@ -230,6 +230,7 @@ def test_a_difference_that_finds_no_room_changes_nothing(zoo: Zoo) -> None:
 # kill -9 --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_kill_loses_no_acknowledged_model(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "zoo_faults.py"
