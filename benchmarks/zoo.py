@@ -1,6 +1,7 @@
 """The zoo: semantic hash, families and parents, search, adds a second, and what packing saves.
 
-    python benchmarks/zoo.py [--parts hash,tree,search,adds,pack] [--quick] [--load FILE] [--out FILE]
+    python benchmarks/zoo.py [--parts hash,tree,search,adds,pack] [--quick] [--load FILE...] [--packed FILE]
+                             [--out FILE]
 
 hash      Six architectures (`zoo_hash`), 20 networks each, float32: pairs of a network and its disguise (permutations,
           scales e^N(0,1), signs, mixtures of linear blocks, shifted logits, then every number times 1 + 6e-8 U(-1, 1)),
@@ -297,24 +298,34 @@ def part_hash(quick: bool) -> Facts:
 def part_pack(quick: bool) -> Facts:
     import zoo_pack
 
-    found = zoo_pack.rows(Path(), beds=("digits",), roots=2 if quick else 10)
-    bits = found.pop("bits_per_parameter")
-    return {"bits_per_parameter": max(bits.values()), "bits_per_parameter_by_disguise": bits, "pack": found}
+    return packed(zoo_pack.rows(Path(), beds=("digits",), roots=2 if quick else 10))
+
+
+def packed(found: Facts) -> Facts:
+    """What counts of a result of `zoo_pack`, whose own file holds the rest."""
+    bits = found["bits_per_parameter"]
+    return {"bits_per_parameter": max(bits.values()), "bits_per_parameter_by_disguise": bits}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="fewer of everything")
-    parser.add_argument("--load", type=Path, help="a result whose other parts are kept")
+    parser.add_argument("--load", type=Path, nargs="*", default=[], help="results whose other parts are kept")
+    parser.add_argument("--packed", type=Path, help="a result of zoo_pack.py, instead of running it")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    parts = options.parts.split(",")
+    parts = [part for part in options.parts.split(",") if part]
     unknown = set(parts) - set(PARTS)
     if unknown:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    result: Facts = json.loads(options.load.read_text()) if options.load and options.load.exists() else {}
+    result: Facts = {"parts": {}}
+    for file in options.load:
+        loaded = json.loads(file.read_text())
+        result |= {**loaded, "parts": {**result["parts"], **loaded.get("parts", {})}}
+    if options.packed:
+        result |= packed(json.loads(options.packed.read_text()))
     result["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -331,7 +342,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - start, 1),
             "load": [round(load, 2), round(os.getloadavg()[0], 2)],
         }
-        result.setdefault("parts", {})[part] = took
+        result["parts"][part] = took
         if options.out:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
     result["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
