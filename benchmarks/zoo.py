@@ -49,11 +49,11 @@ from zoo_families import Grown
 
 from weightfold.weights.canon import hashes_of
 from weightfold.weights.symmetry import Symmetries, symmetries
-from weightfold.zoo.embed import DIM, described
-from weightfold.zoo.families import Item, families
-from weightfold.zoo.index import Index
+from weightfold.zoo.find.embed import DIM, described
+from weightfold.zoo.find.index import Index
+from weightfold.zoo.kin.families import Item, families
+from weightfold.zoo.kin.tree import Edge, tree
 from weightfold.zoo.store import Zoo
-from weightfold.zoo.tree import Edge, tree
 
 PARTS = ("hash", "tree", "search", "adds", "pack")
 SEEDS = 2

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from weightfold import __version__
 from weightfold.errors import WeightfoldError
 from weightfold.fingerprint import digest
-from weightfold.zoo.describe import Tracer
+from weightfold.zoo.exchange.describe import Tracer
 from weightfold.zoo.pack import pack
 from weightfold.zoo.store import Zoo
 

@@ -1,6 +1,6 @@
-"""Fit the weights with which `weightfold.zoo.kinship` tells parents; writes `weightfold/zoo/fitted.py`.
+"""Fit the weights with which `weightfold.zoo.kin.kinship` tells parents; writes `weightfold/zoo/kin/fitted.py`.
 
-    python benchmarks/zoo_fit.py [--cache FOLDER] [--out weightfold/zoo/fitted.py]
+    python benchmarks/zoo_fit.py [--cache FOLDER] [--out weightfold/zoo/kin/fitted.py]
 
 Zoos of known parents (`zoo_families`): mlp and cnn, recipe mixed, seeds 100 to 109, recipe alike, seeds 100 to 103;
 slim and tanh, recipe mixed, seeds 100 to 102. Of each family also two random halves, in which a model whose parent is
@@ -25,8 +25,8 @@ import zoo_families
 
 from weightfold.weights.point import points
 from weightfold.weights.symmetry import symmetries
-from weightfold.zoo import kinship, tree
-from weightfold.zoo.kinship import Kin
+from weightfold.zoo.kin import kinship, tree
+from weightfold.zoo.kin.kinship import Kin
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)
 USED = [(k, "mixed", s) for k in ("mlp", "cnn") for s in range(100, 110)]
@@ -159,7 +159,9 @@ def write(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, help="folder for trained zoos")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "weightfold" / "zoo" / "fitted.py")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "weightfold" / "zoo" / "kin" / "fitted.py"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     used = {key: measured(*key, options.cache, 2) for key in USED}

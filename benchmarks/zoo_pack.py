@@ -61,11 +61,11 @@ from weightfold.fingerprint import digest
 from weightfold.models import build
 from weightfold.weights.disguise import disguise
 from weightfold.weights.symmetry import Symmetries, symmetries
-from weightfold.zoo.delta import decode, encode
-from weightfold.zoo.layout import bits_of
-from weightfold.zoo.matching import match
+from weightfold.zoo.delta.codec import decode, encode
+from weightfold.zoo.delta.layout import bits_of
+from weightfold.zoo.delta.matching import match
+from weightfold.zoo.delta.steps import Lossy, by_measure, largest_step
 from weightfold.zoo.pack import pack
-from weightfold.zoo.steps import Lossy, by_measure, largest_step
 from weightfold.zoo.store import Zoo
 
 State = Mapping[str, Tensor]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weightfold.models import Classes, ImageInput, TaskSpec, build
-from weightfold.zoo.delta import encode
+from weightfold.zoo.delta.codec import encode
 from weightfold.zoo.store import Zoo
 
 from .conftest import Run

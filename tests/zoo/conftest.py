@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from weightfold.zoo.delta.codec import encode
 from weightfold.zoo.store import Zoo
 
 EXAMPLE = torch.zeros(1, 6)
@@ -41,6 +42,23 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def bits(value: Tensor) -> Tensor:
     """The bytes of a tensor."""
     return value.contiguous().reshape(-1).view(torch.uint8) if value.numel() else value.reshape(-1).byte()
+
+
+def pair(zoo: Zoo) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A parent, and a child that is kept as a difference to it."""
+    parent = net().state_dict()
+    child = near(parent, 1)
+    zoo.add(parent, name="parent")
+    zoo.add(child, name="child")
+    switched(zoo, "child", "parent")
+    return parent, child
+
+
+def switched(zoo: Zoo, child: str, parent: str) -> None:
+    """Keep a model as the difference to another one."""
+    blob = encode(zoo.state(child), zoo.state(parent))
+    own = zoo.card(child).digest
+    zoo.switch(own, blob=blob, parent=zoo.card(parent).digest, lossy=False, decoded=own)
 
 
 @pytest.fixture

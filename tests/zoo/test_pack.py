@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.fingerprint import digest
 from weightfold.weights.disguise import disguise
-from weightfold.zoo.objects import Objects
+from weightfold.zoo.delta.steps import Lossy, by_measure, by_outputs, random_inputs
+from weightfold.zoo.forest import forest
 from weightfold.zoo.pack import pack
-from weightfold.zoo.parents import forest
-from weightfold.zoo.steps import Lossy, by_measure, by_outputs, random_inputs
+from weightfold.zoo.storage.objects import Objects
 from weightfold.zoo.store import Zoo
 
 State = dict[str, Tensor]

@@ -15,10 +15,10 @@ from weightfold.errors import ArtifactError, ConfigError
 from weightfold.fingerprint import digest, fingerprint
 from weightfold.weights.canon import same_hash, semantic_hash
 from weightfold.weights.disguise import disguise
-from weightfold.zoo.delta import encode
+from weightfold.zoo.delta.codec import encode
 from weightfold.zoo.store import Zoo
 
-from .conftest import EXAMPLE, equal, near, net
+from .conftest import EXAMPLE, equal, near, net, pair, switched
 
 
 def odd_tensors() -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def test_models_are_found_by_name_and_digest_and_near_names_are_told(zoo: Zoo) -
 
 
 def test_a_digests_beginning_that_fits_two_is_refused(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightfold.zoo import naming
+    from weightfold.zoo.storage import naming
 
     monkeypatch.setattr(naming, "SHORTEST_PREFIX", 1)
     zoo.add_many([{"w": torch.tensor(float(n))} for n in range(40)])
@@ -182,7 +182,7 @@ def test_the_hash_and_embedding_are_those_of_the_model(zoo: Zoo) -> None:
 
 
 def test_an_architecture_is_traced_once(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightfold.zoo import describe
+    from weightfold.zoo.exchange import describe
 
     traced: list[object] = []
     real = describe.symmetries
@@ -279,22 +279,6 @@ def test_ties_and_metadata_survive_get(zoo: Zoo, tmp_path: Path) -> None:
 # differences ----------------------------------------------------------------------------------------------------------
 
 
-def pair(zoo: Zoo) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A parent, and a child that is kept as a difference to it."""
-    parent = net().state_dict()
-    child = near(parent, 1)
-    zoo.add(parent, name="parent")
-    zoo.add(child, name="child")
-    switched(zoo, "child", "parent")
-    return parent, child
-
-
-def switched(zoo: Zoo, child: str, parent: str) -> None:
-    blob = encode(zoo.state(child), zoo.state(parent))
-    own = zoo.card(child).digest
-    zoo.switch(own, blob=blob, parent=zoo.card(parent).digest, lossy=False, decoded=own)
-
-
 def test_a_difference_reads_as_the_model_did(zoo: Zoo) -> None:
     parent, child = pair(zoo)
     assert equal(zoo.state("child"), child)
@@ -355,7 +339,7 @@ def test_a_wrong_difference_changes_nothing(zoo: Zoo) -> None:
 
 
 def test_rings_and_long_chains_are_refused(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightfold.zoo import changes
+    from weightfold.zoo.storage import changes
 
     pair(zoo)
     with pytest.raises(ArtifactError, match="is itself a difference"):

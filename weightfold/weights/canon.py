@@ -8,9 +8,9 @@ at a time. Near-ties at the level of rounding may change places: compare with `s
 **Semantic hash.** No string of digits can be equal for all weights that differ by rounding and unequal for all others:
 wherever it changes, neighbours lie on both sides. So the hash is a text that holds a digest of the structure and a
 *sketch*, 16 numbers that are continuous and invariant; `same_hash` compares two within a tolerance four times the worst
-noise of float32 that was seen (2.5e-7, in small networks with rounding noise of their own on top; `benchmarks/zoo.py`). A
-step of training that changes the weights by less than about 2e-6 of their norm, a few units in the last place, cannot be
-told from rounding.
+noise of float32 that was seen (2.5e-7, in small networks with rounding noise of their own on top;
+`benchmarks/zoo.py`). A step of training that changes the weights by less than about 2e-6 of their norm, a few units in
+the last place, cannot be told from rounding.
 `hash_keys` gives three keys for an exact index, of which equal models share at least one.
 """
 
@@ -202,7 +202,7 @@ def same_hash(a: str, b: str) -> bool:
 
 
 def hash_distance(a: str, b: str) -> float:
-    """Largest difference between two sketches; infinite for different architectures. Noise of float32 gives up to 2.5e-7."""
+    """Largest difference between two sketches; infinite for different architectures. Float32 noise: up to 2.5e-7."""
     (one, x), (two, y) = _read(a), _read(b)
     return float((x - y).abs().max()) if one == two else float("inf")
 

@@ -68,7 +68,7 @@ class Card(Config):
 
     @property
     def embedding(self) -> npt.NDArray[np.float32] | None:
-        """Place of the model among all models, shape (256,), float32; see `weightfold.zoo.embed`."""
+        """Place of the model among all models, shape (256,), float32; see `weightfold.zoo.find.embed`."""
         return None if self.vector is None else np.frombuffer(self.vector, np.float32)
 
     @property

@@ -2,7 +2,7 @@
 
 1. **Candidates.** Models of one architecture that lie nearest by embedding, and the parent that a card declares.
 2. **Costs.** Each pair is aligned once (`matching`); how far the weights are apart tells what the difference will take.
-3. **Forest** (`parents`): who is whose parent, no chain longer than a limit.
+3. **Forest** (`forest`): who is whose parent, no chain longer than a limit.
 4. **Switch**, parents before children: encode, decode, compare bit for bit (or with what a lossy difference is to
    give), one transaction a model. Whoever is killed on the way leaves a zoo in which some models are packed and every
    one is whole; packing again goes on. Who changes a model meanwhile wins: it is left out, with the reason.
@@ -20,13 +20,13 @@ from torch import Tensor
 from weightfold.errors import ArtifactError, ConfigError, WeightfoldError
 from weightfold.fingerprint import digest as digest_of
 from weightfold.weights.compare import differences
-from weightfold.zoo.catalogue import MAX_DEPTH
-from weightfold.zoo.delta import decode, encode, estimate
-from weightfold.zoo.embed import embedding
-from weightfold.zoo.matching import match
-from weightfold.zoo.moves import Alignment
-from weightfold.zoo.parents import forest
-from weightfold.zoo.steps import Lossy, change_of, largest_step
+from weightfold.zoo.delta.codec import decode, encode, estimate
+from weightfold.zoo.delta.matching import match
+from weightfold.zoo.delta.moves import Alignment
+from weightfold.zoo.delta.steps import Lossy, change_of, largest_step
+from weightfold.zoo.find.embed import embedding
+from weightfold.zoo.forest import forest
+from weightfold.zoo.storage.catalogue import MAX_DEPTH
 from weightfold.zoo.store import Zoo
 
 State = Mapping[str, Tensor]

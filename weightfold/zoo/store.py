@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from weightfold.artifact.files import make_folder, sync
 from weightfold.errors import ArtifactError, ConfigError, WeightfoldError
 from weightfold.weights.symmetry import Symmetries
-from weightfold.zoo import changes, tables
-from weightfold.zoo.adding import Record, Wanted, content_of, free_name, model_of, records
 from weightfold.zoo.card import Card
-from weightfold.zoo.catalogue import Catalogue, Content, Model
-from weightfold.zoo.check import Problem, verify
-from weightfold.zoo.contents import Reader, size_of
-from weightfold.zoo.describe import Traced, Tracer
-from weightfold.zoo.imports import Imported, read_model
-from weightfold.zoo.naming import find
-from weightfold.zoo.objects import WAIT_S, Objects, Swept
-from weightfold.zoo.writing import write_model
+from weightfold.zoo.exchange.adding import Record, Wanted, content_of, free_name, model_of, records
+from weightfold.zoo.exchange.describe import Traced, Tracer
+from weightfold.zoo.exchange.imports import Imported, read_model
+from weightfold.zoo.exchange.writing import write_model
+from weightfold.zoo.storage import changes, tables
+from weightfold.zoo.storage.catalogue import Catalogue, Content, Model
+from weightfold.zoo.storage.check import Problem, verify
+from weightfold.zoo.storage.contents import Reader, size_of
+from weightfold.zoo.storage.naming import find
+from weightfold.zoo.storage.objects import WAIT_S, Objects, Swept
 
 CATALOGUE = "zoo.db"
 BATCH = 64
@@ -332,7 +332,7 @@ class Zoo:
 
         Args:
             digest: of the content.
-            blob: the difference, as `weightfold.zoo.delta.encode` gives it.
+            blob: the difference, as `weightfold.zoo.delta.codec.encode` gives it.
             parent: digest of the content that it is a difference to.
             lossy: whether decoding gives other tensors than were added.
             decoded: digest of what decoding gives; equal to `digest` unless `lossy`.

@@ -42,7 +42,7 @@ def add(
 ) -> None:
     """Add models; made if there is no zoo yet. Those that cannot be read are named, the others are added."""
     from weightfold.errors import ConfigError, WeightfoldError
-    from weightfold.zoo.imports import find_models
+    from weightfold.zoo.exchange.imports import find_models
     from weightfold.zoo.store import Zoo
 
     found = [file for path in models for file in find_models(path)]

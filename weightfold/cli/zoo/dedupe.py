@@ -14,7 +14,7 @@ from weightfold.cli.zoo.common import Folder
 
 
 class Level(StrEnum):
-    """What counts as a copy, strictest first; `weightfold.zoo.dedupe.LEVELS`."""
+    """What counts as a copy, strictest first; `weightfold.zoo.kin.dedupe.LEVELS`."""
 
     IDENTICAL = "identical"
     PERMUTED = "permuted"
@@ -37,9 +37,9 @@ def dedupe(
     zoo: Folder, level: Loosest = None, noise: Noise = 1e-3, remove: Remove = False, as_json: Json = False
 ) -> None:
     """Group models that are copies: identical, permuted, rescaled, quantised or noisy; with the evidence."""
-    from weightfold.zoo.dedupe import LEVELS
-    from weightfold.zoo.dedupe import dedupe as find
-    from weightfold.zoo.families import items_of
+    from weightfold.zoo.kin.dedupe import LEVELS
+    from weightfold.zoo.kin.dedupe import dedupe as find
+    from weightfold.zoo.kin.families import items_of
     from weightfold.zoo.store import Zoo
 
     loosest = level or (Level.IDENTICAL if remove else Level.NOISY)

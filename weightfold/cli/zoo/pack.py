@@ -13,8 +13,8 @@ from weightfold.cli.inputs import Shapes
 from weightfold.cli.zoo.common import Folder, size
 
 if TYPE_CHECKING:
+    from weightfold.zoo.delta.steps import Lossy
     from weightfold.zoo.pack import Packed, Row
-    from weightfold.zoo.steps import Lossy
     from weightfold.zoo.store import Zoo
 
 N_SHOWN = 30
@@ -80,7 +80,7 @@ def _lossy(
     example: list[str] | None,
 ) -> Lossy | None:
     """What the options say about rounding."""
-    from weightfold.zoo.steps import Lossy
+    from weightfold.zoo.delta.steps import Lossy
 
     if bound is None:
         return None if step is None else Lossy(step=step, relative=relative, carry=carry)
@@ -99,7 +99,7 @@ def _change(zoo: Zoo, model: str | None, example: list[str] | None) -> Any:
     from weightfold.export.example import zeros
     from weightfold.export.saved import load
     from weightfold.graph.trace import arguments
-    from weightfold.zoo.steps import by_outputs, random_inputs
+    from weightfold.zoo.delta.steps import by_outputs, random_inputs
 
     generator = torch.Generator().manual_seed(0)
     if model is not None:

@@ -26,7 +26,7 @@ def search(
     zoo: Folder, like: Like = None, where: Where = None, classes: Classes = None, k: Most = 10, as_json: Json = False
 ) -> None:
     """Find models: near another one by their weights, by a condition on what is known, by classes."""
-    from weightfold.zoo import search as searching
+    from weightfold.zoo.find import search as searching
     from weightfold.zoo.store import Zoo
 
     with Zoo.open(zoo, create=False) as opened:

@@ -12,7 +12,7 @@ from weightfold.cli.door import Json, guarded
 from weightfold.cli.zoo.common import Folder
 
 if TYPE_CHECKING:
-    from weightfold.zoo.tree import Edge, Family
+    from weightfold.zoo.kin.tree import Edge, Family
 
 Alone = Annotated[bool, typer.Option("--all", help="Show models without relatives too.")]
 
@@ -20,9 +20,9 @@ Alone = Annotated[bool, typer.Option("--all", help="Show models without relative
 @guarded
 def tree(zoo: Folder, all_models: Alone = False, as_json: Json = False) -> None:
     """Show families and their trees: parents, direction and confidence, from weights alone."""
-    from weightfold.zoo.families import items_of
+    from weightfold.zoo.kin.families import items_of
+    from weightfold.zoo.kin.tree import tree as tell
     from weightfold.zoo.store import Zoo
-    from weightfold.zoo.tree import tree as tell
 
     with Zoo.open(zoo, create=False) as opened:
         declared = {card.name: card.parent for card in opened.cards()}

@@ -1,0 +1,78 @@
+"""Symmetries as bytes, of every kind of network; and those of a graph in a file, without the class."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from weightfold.artifact import Builder, Input
+from weightfold.blueprint import Blueprint
+from weightfold.errors import ArtifactError
+from weightfold.export import target_safetensors
+from weightfold.export.source import Source
+from weightfold.fingerprint import fingerprint
+from weightfold.models import Classes, ImageInput, NextToken, TaskSpec, TextInput, build
+from weightfold.weights.canon import hash_of, same_hash, structure_digest
+from weightfold.weights.symmetry import symmetries
+from weightfold.zoo.storage.tables import from_bytes, to_bytes
+from weightfold.zoo.store import Zoo
+
+IMAGES = TaskSpec(input=ImageInput(channels=3, height=16, width=16), output=Classes(n=10))
+TEXT = TaskSpec(input=TextInput(vocab=20, context=8), output=NextToken(vocab=20))
+
+
+class Normed(nn.Module):
+    """A class that no file names: a batch norm behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+@pytest.mark.parametrize(("name", "task"), [("mlp", IMAGES), ("resnet20", IMAGES), ("char-gpt", TEXT)])
+def test_symmetries_come_back_from_their_bytes(name: str, task: TaskSpec) -> None:
+    model = build(name, task)
+    found = symmetries(model, task.example())
+    data = to_bytes(found)
+    twin = from_bytes(data)
+    assert to_bytes(twin) == data
+    assert structure_digest(twin) == structure_digest(found)
+    assert hash_of(twin, model.state_dict()) == hash_of(found, model.state_dict())
+    assert twin.graph.summary() == found.graph.summary()
+    assert twin.graph.aliases == found.graph.aliases
+    twin.graph.validate()
+
+
+def test_damaged_symmetries_are_refused() -> None:
+    data = to_bytes(symmetries(nn.Linear(3, 2), torch.zeros(1, 3)))
+    text = b'{"c":"Path","v":{}}'
+    foreign = len(text).to_bytes(8, "little") + zlib.compress(text)
+    for wrong in (b"", data[:20], data[:-4], b"\xff" * 8 + data[8:], foreign):
+        with pytest.raises(ArtifactError, match="stored symmetries are damaged"):
+            from_bytes(wrong)
+
+
+def test_an_exported_graph_is_hashed_without_its_class(zoo: Zoo, tmp_path: Path) -> None:
+    model = Normed().eval()
+    with torch.no_grad():
+        model.norm.running_mean.uniform_(-1, 1)
+    source = Source(model, (Input(shape=(1, 1, 6, 6)),), Blueprint.of(model), Builder(kind="instance", name="Normed"))
+    target_safetensors.write(source, tmp_path / "a.safetensors")
+    card = zoo.add(tmp_path / "a.safetensors")
+    by_class = zoo.add(model, example=torch.zeros(1, 1, 6, 6))
+    assert card.architecture == "Normed"
+    assert card.hash_reason is None
+    assert same_hash(str(card.semantic_hash), str(by_class.semantic_hash))
+    import weightfold
+
+    out = weightfold.load(zoo.get("a", tmp_path / "out.safetensors"))
+    x = torch.randn(1, 1, 6, 6)
+    assert torch.equal(out(x), model(x))
+    assert fingerprint(out) == card.digest

@@ -1,0 +1,1 @@
+"""A model as the difference to another one: alignment, prediction, entropy coding, exact or in steps."""

@@ -1,0 +1,1 @@
+"""Finding models: embeddings and their index, conditions on cards."""

@@ -1,0 +1,1 @@
+"""Who is related to whom: families, the tree of parents, duplicates."""

@@ -1,0 +1,1 @@
+"""What lies in a zoo's folder: the catalogue, blobs, contents; their changes and checks."""

@@ -1,0 +1,175 @@
+"""Tensors as bytes and back: in full as a safetensors file, or as a difference to another content of the zoo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from weightfold.artifact.header import DTYPES, parse_header
+from weightfold.errors import ArtifactError
+from weightfold.fingerprint import digest as digest_of
+from weightfold.zoo.storage.catalogue import MAX_DEPTH, Catalogue, Content
+from weightfold.zoo.storage.objects import Objects
+
+ALIASES = "aliases"
+"""Key of the metadata of a blob: further names of tied tensors, as JSON."""
+CACHE_BYTES = 1 << 28
+"""Of decoded parents that are kept for their next child."""
+KNOWN_DTYPES = frozenset(DTYPES.values())
+
+
+def to_blob(state: Mapping[str, Tensor]) -> bytes:
+    """Write tensors in full; tied ones once. The same tensors give the same bytes.
+
+    Args:
+        state: contiguous CPU tensors by name; a tied one is the same object under each name.
+    Raises:
+        ArtifactError: a tensor has a type that safetensors does not know; names it.
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(2)
+        >>> twin = from_blob(to_blob({"a": weight, "b": weight, "c": torch.zeros(())}))
+        >>> sorted(twin), twin["a"] is twin["b"]
+        (['a', 'b', 'c'], True)
+    """
+    first: dict[int, str] = {}
+    held: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in state.items():
+        if str(value.dtype).removeprefix("torch.") not in KNOWN_DTYPES:
+            raise ArtifactError(
+                f"'{name}' has the type {value.dtype}, which a safetensors file cannot hold.",
+                remedy="Change its type before adding the model.",
+            )
+        owner = first.setdefault(id(value), name)
+        if owner == name:
+            held[name] = value
+        else:
+            aliases[name] = owner
+    return save(held, {ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else None)
+
+
+def from_blob(data: bytes) -> dict[str, Tensor]:
+    """Read tensors that were written in full, in the order of their names.
+
+    Raises:
+        ArtifactError: the bytes are no such file.
+    """
+    try:
+        state = load(data)
+        aliases = json.loads(parse_header(data, "a blob").metadata.get(ALIASES, "{}"))
+        return dict(sorted((state | {alias: state[name] for alias, name in aliases.items()}).items()))
+    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"The bytes are no tensors: {error}.") from None
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Signature, number of parameters, usual type and size of tensors, each tied one counted once.
+
+    Example:
+        >>> import torch
+        >>> found = describe({"w": torch.zeros(2, 3), "n": torch.zeros((), dtype=torch.int64)})
+        >>> found["n_parameters"], found["dtype"], found["size_bytes"]
+        (7, 'float32', 32)
+    """
+    unique = {id(value): value for value in state.values()}.values()
+    facts = [[name, str(state[name].dtype), list(state[name].shape)] for name in sorted(state)]
+    sizes: Counter[str] = Counter()
+    for value in unique:
+        sizes[str(value.dtype).removeprefix("torch.")] += value.numel()
+    return {
+        "signature": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
+        "n_parameters": sum(sizes.values()),
+        "dtype": sizes.most_common(1)[0][0] if sizes else "none",
+        "size_bytes": sum(value.numel() * value.element_size() for value in unique),
+    }
+
+
+class Reader:
+    """Reads contents, chains of differences included, and verifies what it gives."""
+
+    def __init__(self, catalogue: Catalogue, objects: Objects) -> None:
+        self._catalogue, self._objects = catalogue, objects
+        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def state(self, content: Content) -> dict[str, Tensor]:
+        """The tensors of a content, its own copies. Call it within a lease.
+
+        Raises:
+            ArtifactError: a blob is missing or damaged; names blob, model and what to do.
+        """
+        state = self._decoded(content, MAX_DEPTH)
+        return _copied(state) if state is self._cache.get(content.decoded) else state
+
+    def decode(self, data: bytes, base: Content | None) -> dict[str, Tensor]:
+        """The tensors that bytes stand for, as a difference to a content or in full."""
+        if base is None:
+            return from_blob(data)
+        from weightfold.zoo.delta.codec import decode
+
+        parent = self._decoded(base, MAX_DEPTH)
+        self._keep(base.decoded, parent)
+        return decode(data, parent)
+
+    def _decoded(self, content: Content, depth: int) -> dict[str, Tensor]:
+        if content.decoded in self._cache:
+            self._cache.move_to_end(content.decoded)
+            return self._cache[content.decoded]
+        try:
+            state = dict(sorted(self._undone(content, depth).items()))
+            if digest_of(state) != content.decoded:
+                raise ArtifactError(
+                    f"The blob '{self._objects.path(content.blob)}' gives other tensors than were stored."
+                )
+        except ArtifactError as error:
+            raise self._explained(error, content) from None
+        return state
+
+    def _undone(self, content: Content, depth: int) -> dict[str, Tensor]:
+        data = self._objects.read(content.blob)
+        if content.base is None:
+            return from_blob(data)
+        base = self._catalogue.content(content.base)
+        if base is None or depth == 0:
+            raise ArtifactError(
+                f"The content {content.base[:12]} that it is a difference to is gone or goes in a ring."
+            )
+        parent = self._decoded(base, depth - 1)
+        self._keep(base.decoded, parent)
+        from weightfold.zoo.delta.codec import decode
+
+        return decode(data, parent)
+
+    def _keep(self, digest: str, state: dict[str, Tensor]) -> None:
+        self._cache[digest] = state
+        self._cache.move_to_end(digest)
+        while len(self._cache) > 1 and sum(map(size_of, self._cache.values())) > CACHE_BYTES:
+            self._cache.popitem(last=False)
+
+    def _explained(self, error: ArtifactError, content: Content) -> ArtifactError:
+        if error.remedy is not None and "zoo verify" in error.remedy:
+            return error
+        names = self._catalogue.names_of(content.digest)
+        whose = f"'{names[0]}'" if names else f"content {content.digest[:12]}"
+        return ArtifactError(
+            f"{error.message} It holds the model {whose}.",
+            remedy=f"Restore that file from a copy, or add {whose} again from its source; "
+            "'weightfold zoo verify' lists all that is affected.",
+        )
+
+
+def size_of(state: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors, each tied one counted once."""
+    return sum(value.numel() * value.element_size() for value in {id(v): v for v in state.values()}.values())
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    copies = {id(value): value.clone() for value in state.values()}
+    return {name: copies[id(value)] for name, value in state.items()}
