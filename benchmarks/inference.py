@@ -73,6 +73,7 @@ class Plan:
         target: size of the packed file, as a share of the dense fp32.
         weights: trained ones, below the shared folder.
         batches: inputs a call.
+        rounds: of timing, by inputs a call, where a call takes seconds; otherwise as many as the time allows.
         most_steps: of any one training: what a shared machine can spare.
     """
 
@@ -86,12 +87,13 @@ class Plan:
     target: float = 0.045
     weights: str | None = None
     batches: tuple[int, ...] = (1, 64)
+    rounds: Mapping[int, int] = field(default_factory=dict)
     most_steps: int = 150
 
 
 PLANS = {
     "lenet5": Plan("mnist-train.parquet", 8000, 6, 10, fold={"keep": 0.6}, most_steps=700),
-    "vgg-small": Plan("mnist-train.parquet", 3000, 3, 3, fold={"keep": 0.3, "align": 16}, most_steps=90),
+    "vgg-small": Plan("mnist-train.parquet", 12000, 3, 3, fold={"keep": 0.3, "align": 16}, most_steps=500),
     "resnet20": Plan(
         "cifar10-jpeg-train.parquet",
         10000,
@@ -106,7 +108,7 @@ PLANS = {
     ),
     "char-gpt": Plan("text/tinyshakespeare.txt", None, 1, 1, fold={"keep": 0.25, "groups": "*fc1*"}, most_steps=60),
     "resnet9": Plan(None, fold={"keep": 0.375, "align": 16}),
-    "bert": Plan(None, fold={"keep": 0.25, "align": 64, "groups": "*intermediate*"}, batches=(1,)),
+    "bert": Plan(None, fold={"keep": 0.25, "align": 64, "groups": "*intermediate*"}, rounds={64: 2}),
 }
 
 # networks -------------------------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def scored(run: Callable[[Any], Any], data: Dataset) -> float:
     return 100 * evaluate(Called(), data, "test", CPU).value
 
 
-def measure(name: str, pair: Pair, batches: tuple[int, ...], seconds: float) -> list[dict[str, Any]]:
+def measure(name: str, pair: Pair, plan: Plan, seconds: float) -> list[dict[str, Any]]:
     """All rows of one network."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -295,11 +297,11 @@ def measure(name: str, pair: Pair, batches: tuple[int, ...], seconds: float) -> 
             else file_bytes(unique_state(pair.small.model))
         )
         accuracy = accuracies(pair, loaded)
-        for batch in batches:
+        for batch in plan.batches:
             (x,), _ = draw([replace_name(pair.dense.inputs[0])], batch=batch)
             calls: dict[str, Any] = {k: partial(run, x.numpy()) for k, run in loaded.items()}
             calls |= {k: call(s.model, x) for k, s in (("dense_torch", pair.dense), ("small_torch", pair.small))}
-            times = interleaved(calls, seconds=seconds * len(calls))
+            times = interleaved(calls, seconds=seconds * len(calls), rounds=plan.rounds.get(batch))
             rival = min(("ort_QInt8", "ort_QUInt8"), key=lambda key: times[key].p50)
             for target, dense, small, n_bytes in (
                 ("torch", "dense_torch", "small_torch", packed),
@@ -388,7 +390,7 @@ def main() -> None:
         try:
             pair = made(name, PLANS[name], args.shared)
             result["notes"][name] = f"{pair.note}; {pair.seconds:.0f} s to make"
-            result["rows"] += measure(name, pair, PLANS[name].batches, args.seconds)
+            result["rows"] += measure(name, pair, PLANS[name], args.seconds)
         except Exception as error:  # one network's failure must not cost the others' rows
             result["missing"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
             print(f"{name}: {result['missing'][name]}", file=sys.stderr, flush=True)
