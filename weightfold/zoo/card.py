@@ -42,7 +42,7 @@ class Card(Config):
     parent: str | None = None
     """what the model is said to come from: a name or digest of this zoo, or a name elsewhere"""
     facts: dict[str, Any] = Field(default_factory=dict)
-    """accuracy, data, licence, tags: free JSON"""
+    """accuracy, data, license, tags: free JSON"""
     source: str | None = None
     """the file or folder that it was added from"""
     added: str

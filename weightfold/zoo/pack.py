@@ -24,9 +24,11 @@ from weightfold.zoo.delta.codec import decode, encode, estimate
 from weightfold.zoo.delta.matching import match
 from weightfold.zoo.delta.moves import Alignment
 from weightfold.zoo.delta.steps import Lossy, change_of, largest_step
+from weightfold.zoo.distance import neighbours, relative_distance
 from weightfold.zoo.find.embed import embedding
 from weightfold.zoo.forest import forest
 from weightfold.zoo.storage.catalogue import MAX_DEPTH
+from weightfold.zoo.storage.contents import size_of
 from weightfold.zoo.store import Zoo
 
 State = Mapping[str, Tensor]
@@ -36,7 +38,7 @@ CANDIDATES = 6
 CACHE_BYTES = 1 << 28
 WORTH = 0.9
 """A difference must be smaller than this share of what the model's own tensors take, coded alone."""
-NO_RELATIVE = "no other model predicts it"
+NO_RELATIVE = "no relative near enough to save space"
 NEAR = 0.1
 """Relative distance below which models are taken to stand in one order as they are."""
 
@@ -133,8 +135,9 @@ class _Packing:
     def run(self, models: Sequence[str]) -> Packed:
         before = sum(card.stored_bytes for card in self._cards.values())
         wanted = {self._zoo.card(name).digest for name in models} or set(self._cards)
-        todo = [d for d in self._cards if d in wanted and self._cards[d].is_full and d not in self._parents_now]
-        rows = [self._row(digest, None, note="others are differences to it") for digest in self._parents_now & wanted]
+        above = {card.base for card in self._cards.values() if card.base is not None}
+        todo = [d for d in self._cards if d in wanted and self._cards[d].is_full and d not in above]
+        rows = [self._row(digest, None, note="others are differences to it") for digest in above & wanted]
         parents = self._forest(set(todo))
         rows += [self._row(digest, None, note=self._why(digest, parents)) for digest in todo if digest not in parents]
         for i, (child, parent) in enumerate(parents.items()):
@@ -144,10 +147,6 @@ class _Packing:
             self._zoo.sweep()
         saved = sum(row.before - row.after for row in rows)
         return Packed(tuple(sorted(rows, key=lambda row: (row.parent is None, row.name))), before, before - saved)
-
-    @property
-    def _parents_now(self) -> set[str]:
-        return {card.base for card in self._cards.values() if card.base is not None}
 
     # candidates -------------------------------------------------------------------------------------------------------
 
@@ -193,10 +192,10 @@ class _Packing:
         for digest, card in self._cards.items():
             groups.setdefault((card.architecture, card.n_parameters), []).append(digest)
         for members in groups.values():
-            places = self._places(members) if len(members) > CANDIDATES + 1 else None
+            few = len(members) <= CANDIDATES + 1
+            near = [range(len(members))] * len(members) if few else neighbours(self._places(members), CANDIDATES)
             for i, digest in enumerate(members):
-                near = range(len(members)) if places is None else _nearest(places, i)
-                options = [members[j] for j in near if j != i] if digest in todo else []
+                options = [members[j] for j in near[i] if j != i] if digest in todo else []
                 options += [wished[digest]] if digest in wished else []
                 for other in options:
                     pair = (min(digest, other), max(digest, other))
@@ -224,7 +223,7 @@ class _Packing:
     def _moves(self, one: str, child: State, parent: State) -> Alignment:
         """What brings a parent to its child; nothing where they are near already, or no symmetries are known."""
         found = self._zoo.symmetries(self._cards[one].name)
-        if found is None or _distance(child, parent) < NEAR:
+        if found is None or relative_distance(child, parent) < NEAR:
             return Alignment()
         return match(found, child, parent)
 
@@ -233,7 +232,7 @@ class _Packing:
         if digest not in self._states:
             self._states[digest] = self._zoo.state(self._cards[digest].name)
         self._states.move_to_end(digest)
-        while len(self._states) > 2 and sum(map(_n_bytes, self._states.values())) > CACHE_BYTES:
+        while len(self._states) > 2 and sum(map(size_of, self._states.values())) > CACHE_BYTES:
             self._states.popitem(last=False)
         return self._states[digest]
 
@@ -288,25 +287,3 @@ class _Packing:
         return self._row(
             digest, parent, after=len(data), moved=bool(moves), step=None if exact else step, change=change, note=note
         )
-
-
-def _nearest(places: np.ndarray, i: int) -> list[int]:
-    distance = np.square(places - places[i]).sum(axis=1)
-    distance[i] = np.inf
-    near = np.argpartition(distance, min(CANDIDATES, len(distance) - 1))[:CANDIDATES]
-    return sorted(near.tolist())
-
-
-def _distance(one: State, two: State) -> float:
-    """Relative distance of the floating tensors that two models share, in the order they are in."""
-    apart = size = 0.0
-    for name, value in one.items():
-        other = two.get(name)
-        if other is not None and other.shape == value.shape and value.is_floating_point():
-            apart += float((value.double() - other.double()).square().sum())
-            size += float(value.double().square().sum())
-    return (apart / size) ** 0.5 if size > 0 else 0.0
-
-
-def _n_bytes(state: State) -> int:
-    return sum(value.numel() * value.element_size() for value in state.values())

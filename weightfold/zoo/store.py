@@ -24,7 +24,7 @@ from weightfold.artifact.files import make_folder, sync
 from weightfold.errors import ArtifactError, ConfigError, WeightfoldError
 from weightfold.weights.symmetry import Symmetries
 from weightfold.zoo.card import Card
-from weightfold.zoo.exchange.adding import Record, Wanted, content_of, free_name, model_of, records
+from weightfold.zoo.exchange.adding import Record, Wanted, check, content_of, free_name, model_of, records
 from weightfold.zoo.exchange.describe import Traced, Tracer
 from weightfold.zoo.exchange.imports import Imported, read_model
 from weightfold.zoo.exchange.writing import write_model
@@ -72,10 +72,16 @@ class Zoo:
             create: make a new zoo where there is none.
             tracer: what was traced before, to share it with other zoos.
         Raises:
-            ArtifactError: there is none, the folder holds something else, or its catalogue is damaged.
+            ArtifactError: there is none, the folder holds something else, or its catalogue is damaged or gone.
         """
         folder = Path(folder)
+        orphaned = any((folder / "blobs").glob("*/*"))  # looked at first: a catalogue is made before any blob
         there = (folder / CATALOGUE).is_file()
+        if orphaned and not there:
+            raise ArtifactError(
+                f"The zoo '{folder}' has lost its catalogue: there are blobs and no {CATALOGUE}.",
+                remedy=f"Restore a copy of {CATALOGUE}, or move the blobs away: a new catalogue would have them swept.",
+            )
         if not there and folder.is_dir() and any(p.name not in ("blobs", "lock") for p in folder.iterdir()):
             raise ArtifactError(
                 f"The folder '{folder}' is no zoo: it holds other files and no {CATALOGUE}.",
@@ -123,7 +129,7 @@ class Zoo:
         Args:
             source: a run or export of weightfold, a file of tensors, a Hugging Face folder, a module, tensors by name.
             name: unique in the zoo; None: after the file or folder.
-            facts: accuracy, data, licence, tags: anything that JSON holds.
+            facts: accuracy, data, license, tags: anything that JSON holds.
             parent: what the model comes from.
             model: what tensors belong to, for the semantic hash: a module, a built-in name, package.module:function.
             example: of the model's input: tensors as in `weightfold.trace`, or texts such as "1x3x32x32".
@@ -195,6 +201,7 @@ class Zoo:
         for at, (source, wish) in enumerate(zip(sources, wishes, strict=True)):
             try:
                 item = read_model(source)
+                check(item, wish)
                 batch.append((item, wish, self._tracer.trace(item, model, example)))
                 size += size_of(item.state)
             except WeightfoldError as error:
@@ -205,7 +212,7 @@ class Zoo:
                 yield batch
                 batch, size = [], 0
             if progress is not None:
-                progress(at + 1, len(sources), str(wish.name or source if isinstance(source, str | Path) else ""))
+                progress(at + 1, len(sources), str(wish.name or (source if isinstance(source, str | Path) else "")))
         if batch:
             yield batch
 
@@ -301,7 +308,7 @@ class Zoo:
             return self._tables[model.symmetries]
 
     def get(self, ref: str, path: str | Path) -> Path:
-        """Write a model to a file, or into a folder with the texts that lay beside it, at one stroke.
+        """Write a model to a file, or into a folder with the texts that lay beside it, each file at one stroke.
 
         Args:
             path: a file that ends in .safetensors, replaced if it exists; anything else is a folder, into which

@@ -19,7 +19,7 @@ from weightfold.zoo.delta import codec, movecode, rans
 from weightfold.zoo.delta.codec import decode, encode
 from weightfold.zoo.delta.layout import DTYPES
 from weightfold.zoo.delta.matching import match
-from weightfold.zoo.delta.moves import Alignment, Order, Place
+from weightfold.zoo.delta.moves import Alignment, Factors, Order, Place, balance_of
 
 State = dict[str, Tensor]
 
@@ -264,6 +264,35 @@ def test_sizes_that_nothing_explains_are_refused_before_they_are_allocated(monke
     monkeypatch.setattr(codec, "_fits", fits)
     with pytest.raises(ArtifactError, match="larger than its parent and its length explain"):
         decode(data, {})
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 62, 1 << 62), (0, (1 << 63) - 1, 3)])
+def test_shapes_whose_strides_are_no_numbers_are_refused(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    """Tensors without numbers take no room, whatever they claim."""
+    entries = [codec.Entry("w", torch.float32, shape, None)]
+    monkeypatch.setattr(codec, "write_layout", lambda _: _layout(entries))
+    data = encode({"w": torch.zeros(0, 3)}, {})
+    with pytest.raises(ArtifactError, match="has the shape"):
+        decode(data, {})
+
+
+def test_what_is_not_finite_has_no_exponent_to_balance_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C leaves open which exponent infinity and NaN have: a machine that says -1 decodes the same numbers."""
+    place = Place(0, 0, 1, np.arange(3)[:, None])
+    moves = Alignment((), (Factors((place, Place(1, 0, 1, np.arange(3)[:, None], -1)), np.array([1.0, 2.0, 4.0])),))
+    values = [np.array([[1.0, np.inf], [3.0, np.nan], [0.5, 2.0]]), np.full((3, 2), 8.0)]
+    wanted = balance_of(moves, values, [(3, 2), (3, 2)])
+    real = np.frexp
+
+    def other(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mantissa, exponent = real(x)
+        return mantissa, np.where(np.isfinite(x), exponent, -1)
+
+    monkeypatch.setattr(np, "frexp", other)
+    found = balance_of(moves, values, [(3, 2), (3, 2)])
+    assert all(np.array_equal(wanted[i], found[i]) for i in wanted)
 
 
 def test_moves_without_end_are_refused_before_they_are_allocated() -> None:

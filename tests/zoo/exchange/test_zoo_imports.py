@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from weightfold.errors import ArtifactError
 from weightfold.fingerprint import digest
 from weightfold.zoo.exchange.imports import find_models, read_model
+from weightfold.zoo.storage.naming import checked_name
 from weightfold.zoo.store import Zoo
 
 from ..conftest import equal, net
@@ -68,7 +70,7 @@ def test_a_hugging_face_folder_is_read_whole(tmp_path: Path, shards: int) -> Non
     assert equal(found.state, state)
     assert (found.name, found.architecture, found.parent) == ("tiny-net", "TinyNet", "org/base-model")
     assert found.facts == {
-        "licence": "apache-2.0",
+        "license": "apache-2.0",
         "data": ["mnist", "cifar-10"],
         "tags": ["tiny", "test"],
         "language": "en",
@@ -77,8 +79,8 @@ def test_a_hugging_face_folder_is_read_whole(tmp_path: Path, shards: int) -> Non
 
 def test_a_hugging_face_folder_comes_back_from_the_zoo(zoo: Zoo, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "tiny", net().state_dict(), 2)
-    card = zoo.add(folder, parent="mine", facts={"licence": "mit"})
-    assert (card.parent, card.facts["licence"]) == ("mine", "mit"), "the user's word comes first"
+    card = zoo.add(folder, parent="mine", facts={"license": "mit"})
+    assert (card.parent, card.facts["license"]) == ("mine", "mit"), "the user's word comes first"
     out = zoo.get("tiny", tmp_path / "out").parent
     assert (out / "config.json").read_text() == (folder / "config.json").read_text()
     assert (out / "README.md").read_text() == README
@@ -268,3 +270,49 @@ def test_changed_tensors_under_an_old_fingerprint_are_refused(tmp_path: Path) ->
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="fingerprint"):
         read_model(path)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_names_that_a_file_cannot_hold_are_refused_before_anything_is_written(zoo: Zoo, name: str) -> None:
+    with pytest.raises(ArtifactError, match="cannot hold a tensor named"):
+        zoo.add({name: torch.ones(2), "a": torch.ones(3)}, name="a")
+    assert not zoo.cards()
+
+
+def test_of_many_models_only_those_that_cannot_be_stored_are_refused(zoo: Zoo, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2, dtype=torch.complex128)}, tmp_path / "wide.pt")
+    torch.save({"w": torch.ones(2)}, tmp_path / "sound.pt")
+    sources = [tmp_path / "wide.pt", tmp_path / "sound.pt", net(), net(1)]
+    refused: list[str] = []
+    cards = zoo.add_many(
+        sources,
+        names=["wide", "sound", " blank ", "odd"],
+        facts=[{}, {}, {}, {"accuracy": float("nan")}],
+        refused=lambda _, error: refused.append(error.message),
+    )
+    assert [card.name for card in cards] == ["sound"]
+    assert [text for text in ("complex128", "no name of a model", "as JSON") if any(text in r for r in refused)] == [
+        "complex128", "no name of a model", "as JSON"
+    ]  # fmt: skip
+    assert len(refused) == 3
+
+
+@pytest.mark.parametrize(("file", "name"), [(b"two\nlines", "two_lines"), (b"\xff", "_"), (b"x" * 230, "x" * 120)])
+def test_names_of_files_become_names_that_are_allowed(zoo: Zoo, tmp_path: Path, file: bytes, name: str) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "plain.pt")
+    path = tmp_path / os.fsdecode(file + b".pt")
+    try:
+        (tmp_path / "plain.pt").rename(path)
+    except OSError:
+        pytest.skip("this file system knows no such names")
+    card = zoo.add(path)
+    assert card.name == checked_name(name)
+    assert str(card.source).encode()
+
+
+def test_links_in_a_ring_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "nets" / "old").mkdir(parents=True)
+    torch.save({"w": torch.ones(2)}, tmp_path / "nets" / "old" / "a.pt")
+    for name in ("up", "top"):
+        (tmp_path / "nets" / "old" / name).symlink_to("..")
+    assert find_models(tmp_path) == [tmp_path / "nets" / "old" / "a.pt"]

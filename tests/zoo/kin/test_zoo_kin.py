@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weightfold.errors import ArtifactError
+from weightfold.errors import ArtifactError, ConfigError
 from weightfold.weights.canon import hash_of
 from weightfold.weights.disguise import disguise
 from weightfold.weights.symmetry import Symmetries, symmetries
@@ -137,6 +138,21 @@ def test_every_level_of_duplicate_is_told() -> None:
     for reach, level in enumerate(LEVELS):
         kept = {c.level for g in dedupe(items(nets), level=level) for c in g.copies}
         assert kept <= set(LEVELS[: reach + 1])
+
+
+def test_many_copies_of_one_model_are_listed_at_once() -> None:
+    """Work in proportion to the copies: with all pairs of copies and links these would take minutes."""
+    copies = [Item(f"n{i}", "same", "raw 1", None, None, dict, None) for i in range(3000)]
+    start = time.perf_counter()
+    (group,) = dedupe(copies, level="identical")
+    assert time.perf_counter() - start < 10
+    assert [copy.name for copy in group.copies] == [f"n{i}" for i in range(1, 3000)]
+    assert {copy.of for copy in group.copies} == {"n0"}
+
+
+def test_a_level_that_is_none_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="rescaled"):
+        dedupe([], level="rescale")
 
 
 def test_duplicates_without_an_architecture() -> None:

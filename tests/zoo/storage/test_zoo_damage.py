@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from weightfold.errors import ArtifactError
+from weightfold.fingerprint import digest
 from weightfold.zoo.card import Card
+from weightfold.zoo.delta.codec import decode, encode
 from weightfold.zoo.store import Zoo
 
 from ..conftest import EXAMPLE, equal, near, net, pair, switched
@@ -164,3 +166,33 @@ def test_a_difference_of_a_difference_is_verified_too(zoo: Zoo) -> None:
         assert torch.equal(fresh.state("parent")["0.bias"], zoo.state("parent")["0.bias"])
         with pytest.raises(ArtifactError, match="It holds the model 'child'"):
             fresh.state("grandchild")
+
+
+def test_a_blob_is_read_even_where_it_gives_the_tensors_of_another(zoo: Zoo) -> None:
+    """Two children so near that in steps they are their parent."""
+    parent = net().state_dict()
+    base = zoo.add(parent, name="parent")
+    for name, step in (("one", 0.1), ("two", 0.2)):
+        child = near(parent, int(10 * step))
+        card, blob = zoo.add(child, name=name), encode(child, parent, step=step)
+        assert digest(decode(blob, parent)) == base.digest
+        zoo.switch(card.digest, blob=blob, parent=base.digest, lossy=True, decoded=base.digest)
+    assert not zoo.verify()
+    for name in ("one", "two"):
+        flip(blob_of(zoo, name), 9)
+        assert [problem.names for problem in zoo.verify()] == [(name,)]
+        flip(blob_of(zoo, name), 9)
+
+
+def test_a_zoo_without_its_catalogue_is_not_taken_for_a_new_one(zoo: Zoo) -> None:
+    """A new catalogue names no blob: the next sweep would delete them all."""
+    zoo.add(net(), name="a")
+    blob = blob_of(zoo, "a")
+    zoo.close()
+    kept = (zoo.folder / "zoo.db").rename(zoo.folder.parent / "kept.db")
+    with pytest.raises(ArtifactError, match="has lost its catalogue"):
+        Zoo.open(zoo.folder)
+    assert blob.exists()
+    kept.rename(zoo.folder / "zoo.db")
+    with Zoo.open(zoo.folder) as fresh:
+        assert not fresh.verify()

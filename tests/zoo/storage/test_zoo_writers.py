@@ -242,3 +242,28 @@ def test_kill_loses_no_acknowledged_model(tmp_path: Path) -> None:
     assert report["kills"] == N_KILLS
     assert report["lost"] == report["wrong"] == report["problems"] == 0
     assert report["acknowledged"] > 0
+
+
+@pytest.mark.parametrize("name", ["child", "grandchild"])
+def test_a_reader_is_not_disturbed_by_who_unpacks_and_removes(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Between the child's row and its parent's, another process stores the child in full and removes the parent."""
+    _, child = pair(zoo)
+    zoo.add(near(child, 2), name="grandchild")
+    switched(zoo, "grandchild", "child")
+    wanted = zoo.state(name)
+    real, meanwhile = Objects.read, [lambda other: other.remove("parent", unpack=True)]
+
+    def read(self: Objects, digest: str) -> bytes:
+        data = real(self, digest)
+        if self.path(digest).stat().st_size == zoo.card("child").stored_bytes and meanwhile:
+            with Zoo.open(zoo.folder) as other:
+                meanwhile.pop()(other)
+        return data
+
+    with Zoo.open(zoo.folder) as fresh, monkeypatch.context() as patch:
+        patch.setattr(Objects, "read", read)
+        assert equal(fresh.state(name), wanted)
+    assert not meanwhile
+    assert "parent" not in {card.name for card in zoo.cards()}

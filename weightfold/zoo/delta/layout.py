@@ -32,7 +32,8 @@ _MANTISSAS = {
     torch.complex128: 52,
 }
 LARGEST_LAYOUT, MOST_TENSORS = 1 << 24, 1 << 18
-MAX_DIMS = 64
+MAX_DIMS, LARGEST_SPAN = 64, 1 << 56
+"""Dimensions of a tensor, and the product of those that are not 0: strides must be numbers of 63 bits."""
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
@@ -146,7 +147,10 @@ def _read_entry(reader: Reader, owned: list[tuple[str, Tensor]]) -> Entry:
         name = reader.take(reader.count(LARGEST_LAYOUT)).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         raise corrupt("a name is no text") from None
-    return Entry(name, DTYPES[kind], tuple(reader.varint() for _ in range(reader.count(MAX_DIMS))), None)
+    shape = tuple(reader.varint() for _ in range(reader.count(MAX_DIMS)))
+    if prod(max(size, 1) for size in shape) > LARGEST_SPAN:
+        raise corrupt(f"'{name}' has the shape {shape}")
+    return Entry(name, DTYPES[kind], shape, None)
 
 
 # bytes ----------------------------------------------------------------------------------------------------------------

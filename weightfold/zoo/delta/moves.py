@@ -141,7 +141,7 @@ def balance_of(moves: Alignment, arrays: Sequence[Array], shapes: Shapes) -> dic
         arrays: the parent's numbers, float64, in the child's order.
     """
     named = {p.tensor for m in moves.factors for p in m.places}
-    exponents = {i: np.where(arrays[i] == 0, -10000, np.frexp(arrays[i])[1]).astype(np.int64) for i in named}
+    exponents = {i: _exponents(arrays[i]) for i in named}
     levels = [np.zeros(len(m.factors), np.int64) for m in moves.factors]
     for _ in range(BALANCE_SWEEPS):
         for level, move in zip(levels, moves.factors, strict=True):
@@ -156,6 +156,11 @@ def balance_of(moves: Alignment, arrays: Sequence[Array], shapes: Shapes) -> dic
     powers = [np.ldexp(1.0, np.clip(level, -60, 60)) for level in levels]
     balanced = (Factors(m.places, power) for m, power in zip(moves.factors, powers, strict=True))
     return factors_of(Alignment((), tuple(balanced)), shapes)
+
+
+def _exponents(values: Array) -> Array:
+    """Exponents of numbers, int64; -10000 for zeros, and for what is not finite: machines differ in its exponent."""
+    return np.where((values == 0) | ~np.isfinite(values), -10000, np.frexp(values)[1]).astype(np.int64)
 
 
 def _mean_exponent(exponents: dict[int, Array], places: Sequence[Place]) -> Array:

@@ -12,6 +12,7 @@ from weightfold.errors import ConfigError
 from weightfold.graph.exactness import outputs, relative_error
 from weightfold.zoo.delta.codec import decode, encode, spread_of
 from weightfold.zoo.delta.moves import Alignment
+from weightfold.zoo.distance import relative_distance
 
 State = Mapping[str, Tensor]
 Change = Callable[[State, State], float]
@@ -131,7 +132,4 @@ def change_of(child: State, decoded: State, lossy: Lossy | None) -> float:
     """What a lossy difference changed, as it is measured; without a measure, of all weights relative to their norm."""
     if lossy is not None and lossy.change is not None:
         return lossy.change(child, decoded)
-    pairs = [(child[n].double(), decoded[n].double()) for n in child if child[n].is_floating_point()]
-    apart = sum(float((a - b).nan_to_num().square().sum()) for a, b in pairs)
-    size = sum(float(a.nan_to_num().square().sum()) for a, _ in pairs)
-    return (apart / size) ** 0.5 if size > 0 else 0.0
+    return relative_distance(child, decoded)

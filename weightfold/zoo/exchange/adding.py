@@ -12,8 +12,8 @@ from weightfold.errors import ConfigError
 from weightfold.zoo.exchange.describe import Traced, described, metadata_for, with_architecture
 from weightfold.zoo.exchange.imports import Imported
 from weightfold.zoo.storage.catalogue import Catalogue, Content, Model
-from weightfold.zoo.storage.contents import describe, to_blob
-from weightfold.zoo.storage.naming import checked_name
+from weightfold.zoo.storage.contents import check_tensors, describe, to_blob
+from weightfold.zoo.storage.naming import checked_name, tidy_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +51,21 @@ class Record:
     extras: bytes | None
 
 
-def records(items: Sequence[Imported], wanted: Sequence[Wanted], traced: Sequence[Traced]) -> list[Record]:
-    """Work out what is written of models: hashes and embeddings of those of one architecture together.
+def check(item: Imported, wish: Wanted) -> None:
+    """Make sure that a model can be stored as it is wanted.
 
     Raises:
-        ConfigError: a name is not allowed, or facts are no JSON.
+        ConfigError: the name is not allowed, or facts are no JSON.
         ArtifactError: a tensor cannot be stored; names it.
     """
-    for wish in wanted:
-        if wish.name is not None:
-            checked_name(wish.name)
-        _check_facts(wish.facts or {})
+    if wish.name is not None:
+        checked_name(wish.name)
+    _check_facts({**item.facts, **(wish.facts or {})})
+    check_tensors(item.state)
+
+
+def records(items: Sequence[Imported], wanted: Sequence[Wanted], traced: Sequence[Traced]) -> list[Record]:
+    """Work out what is written of models (see `check`): hashes and embeddings of those of one architecture together."""
     return [
         Record(with_architecture(item, known), wish, known, *told, to_blob(item.state), _extras(item, known))
         for item, wish, known, told in zip(items, wanted, traced, described(items, traced), strict=True)
@@ -97,7 +101,7 @@ def free_name(catalogue: Catalogue, record: Record) -> tuple[str, bool]:
         ConfigError: the name that the user chose belongs to another content.
     """
     wish, digest = record.wanted.name, record.item.digest
-    plain = wish or record.item.name.strip() or "model"
+    plain = wish or tidy_name(record.item.name)
     for name in (plain, *(f"{plain}-{digest[:n]}" for n in (8, 16, 64))):
         held = catalogue.digest_of(name)
         if held is None or held == digest:
@@ -113,8 +117,8 @@ def free_name(catalogue: Catalogue, record: Record) -> tuple[str, bool]:
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
     try:
-        json.dumps(dict(facts), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        json.dumps(dict(facts), allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"The facts {dict(facts)!r} cannot be kept as JSON: {error}.") from None
 
 

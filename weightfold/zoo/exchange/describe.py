@@ -31,7 +31,7 @@ from weightfold.weights.symmetry import Symmetries, symmetries
 from weightfold.zoo.exchange.imports import Imported
 from weightfold.zoo.find import embed
 
-TENSORS_ONLY = "only tensors are known; name the model that they belong to, and an example of its input"
+TENSORS_ONLY = "only tensors are known; say what they belong to: --model SPEC --example SHAPE"
 N_SHOWN = 3
 
 

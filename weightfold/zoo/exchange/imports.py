@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.artifact import Structure, read_header
-from weightfold.artifact.format import KEY, check_tensors, parse_structure
+from weightfold.artifact.format import KEY, parse_structure
+from weightfold.artifact.format import check_tensors as check_structure
 from weightfold.artifact.packed import SUFFIX as PACKED
 from weightfold.data.checkpoint import read_tensors
 from weightfold.errors import ArtifactError
@@ -25,6 +26,7 @@ from weightfold.export.opened import is_saved
 from weightfold.export.saved import model_file
 from weightfold.fingerprint import digest
 from weightfold.zoo.exchange.readme import front_matter
+from weightfold.zoo.storage.contents import check_tensors
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", PACKED)
 _NAMELESS = ("model", "pytorch_model", "checkpoint", "weights", "adapter_model", "last", "best", "final")
@@ -45,7 +47,7 @@ class Imported:
         structure: how weightfold rebuilds it, if it knows.
         metadata: of the file.
         files: small texts beside the weights, by file name.
-        facts: licence, data, scores, as the source gives them.
+        facts: license, data, scores, as the source gives them.
         parent: what the source says that it comes from.
         module: the module itself, if that was given.
     """
@@ -91,24 +93,34 @@ def read_model(source: str | Path | nn.Module | Mapping[str, Tensor]) -> Importe
 def find_models(path: Path) -> list[Path]:
     """List the models that a path stands for: itself, or all below a folder that is none itself.
 
+    A folder that links lead to more than once is looked at once.
+
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is no such path, or no model below it.
     """
+    if not path.exists():
+        raise ArtifactError(f"There is no model '{path}'.", remedy="Check the path.")
     if not path.is_dir() or _is_model_folder(path):
         return [path]
-    found: list[Path] = []
-    for below in sorted(path.iterdir()):
-        if below.name.startswith("."):
-            continue
-        if below.is_dir():
-            found += find_models(below) if _is_model_folder(below) or _holds_models(below) else []
-        elif below.suffix in ENDINGS:
-            found.append(below)
+    found = _below(path, {path.resolve()})
     if not found:
         raise ArtifactError(
             f"The folder '{path}' holds no model: no run, no config.json, no file that ends in {', '.join(ENDINGS)}.",
             remedy="Name the model's file.",
         )
+    return found
+
+
+def _below(folder: Path, seen: set[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            found += [path] if path.suffix in ENDINGS else []
+        elif path.resolve() not in seen:
+            seen.add(path.resolve())
+            found += [path] if _is_model_folder(path) else _below(path, seen)
     return found
 
 
@@ -126,6 +138,7 @@ def checked(tensors: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ArtifactError(f"{where}: {name!r} is {type(value).__name__}, not a tensor.")
+        check_tensors({name: value})
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise ArtifactError(
                 f"'{name}' is sparse, quantised or without values ({value.layout}, {value.dtype}).",
@@ -158,7 +171,7 @@ def _of_saved(path: Path) -> Imported:
     structure = parse_structure(header.metadata[KEY], str(path)) if KEY in header.metadata else None
     if structure is None:
         return _of_file(path)
-    check_tensors(structure, header, path)
+    check_structure(structure, header, path)
     state = read_tensors(path)
     state |= {alias: state[name] for alias, name in structure.aliases.items()}
     found = digest(state)
@@ -168,7 +181,7 @@ def _of_saved(path: Path) -> Imported:
             remedy="Copy or write it again.",
         )
     return Imported(
-        state, found, name_of(path), str(path), structure.builder.name, structure, dict(header.metadata),
+        state, found, name_of(path), _plain(path), structure.builder.name, structure, dict(header.metadata),
         facts=_facts_of_run(path),
     )  # fmt: skip
 
@@ -182,7 +195,7 @@ def _of_packed(path: Path) -> Imported:
     found = digest(state)
     structure = packed.structure.model_copy(update={"fingerprint": found})
     return Imported(
-        state, found, name_of(path), str(path), structure.builder.name, structure, {KEY: structure.to_json()},
+        state, found, name_of(path), _plain(path), structure.builder.name, structure, {KEY: structure.to_json()},
         facts=_facts_of_run(path),
     )  # fmt: skip
 
@@ -195,7 +208,7 @@ def _of_file(path: Path) -> Imported:
         )
     state = checked(read_tensors(path), f"'{path}'")
     metadata = dict(read_header(path).metadata) if path.suffix == ".safetensors" else {}
-    return Imported(state, digest(state), name_of(path), str(path), metadata=metadata)
+    return Imported(state, digest(state), name_of(path), _plain(path), metadata=metadata)
 
 
 def _of_folder(folder: Path) -> Imported:
@@ -208,8 +221,8 @@ def _of_folder(folder: Path) -> Imported:
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
     return Imported(
-        state, digest(state), name_of(folder), str(folder), None if architecture is None else str(architecture),
-        files=files, facts=said, parent=str(base[0] if isinstance(base, list) else base) if base else None,
+        state, digest(state), name_of(folder), _plain(folder), None if architecture is None else _plain(architecture),
+        files=files, facts=said, parent=_plain(base[0] if isinstance(base, list) else base) if base else None,
     )  # fmt: skip
 
 
@@ -250,17 +263,24 @@ def _by_index(index: Path) -> dict[str, Tensor]:
     return state
 
 
+def _plain(value: object) -> str:
+    """A path, or what a file says, as text that JSON and a terminal take, whatever bytes it is made of."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
 def name_of(path: Path) -> str:
     """What to call the model of a file or folder.
 
     Example:
-        >>> name_of(Path("runs/seed3/model.safetensors")), name_of(Path("nets/a.pt"))
-        ('seed3', 'a')
+        >>> name_of(Path("runs/seed3/model.safetensors")), name_of(Path("nets/a.pt")), name_of(Path("bert/model"))
+        ('seed3', 'a', 'bert')
     """
     path = path.absolute()
-    if path.suffix in ENDINGS:
-        return path.parent.name if path.stem in _NAMELESS and path.parent.name else path.stem
-    return path.name
+    name = path.stem if path.suffix in ENDINGS else path.name
+    while name in _NAMELESS and path.parent.name:
+        path = path.parent
+        name = path.name
+    return name
 
 
 def _facts_of_run(path: Path) -> dict[str, Any]:
@@ -278,10 +298,6 @@ def _facts_of_run(path: Path) -> dict[str, Any]:
 
 def _is_model_folder(path: Path) -> bool:
     return is_saved(path) or any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
-def _holds_models(path: Path) -> bool:
-    return any(file.suffix in ENDINGS for file in path.rglob("*"))
 
 
 def _text(path: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-KEYS = {"license": "licence", "base_model": "base_model", "datasets": "data", "tags": "tags", "language": "language",
+KEYS = {"license": "license", "base_model": "base_model", "datasets": "data", "tags": "tags", "language": "language",
         "base_model_relation": "relation", "pipeline_tag": "task"}  # fmt: skip
 _LINE = re.compile(r"^([A-Za-z_][\w-]*):\s*(.*)$")
 _ITEM = re.compile(r"^\s*-\s+(.*)$")
@@ -16,7 +16,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
     Example:
         >>> front_matter("---\\nlicense: mit\\nbase_model:\\n- org/base\\ntags: [a, 'b']\\nx: {y: 1}\\n---\\n# Title")
-        {'licence': 'mit', 'base_model': ['org/base'], 'tags': ['a', 'b']}
+        {'license': 'mit', 'base_model': ['org/base'], 'tags': ['a', 'b']}
     """
     lines = text.lstrip("\ufeff").splitlines()
     if not lines or lines[0].strip() != "---":

@@ -64,20 +64,25 @@ def search(
 def vector_of(zoo: Zoo, ref: str) -> Vectors:
     """The embedding of a model of the zoo, or of a file of weights, which is embedded as it stands or as it says.
 
+    A name of the zoo comes before a file or folder that is called the same.
+
     Raises:
         ConfigError: there is no such model, or it has no embedding.
         ArtifactError: the file cannot be read.
     """
-    if Path(ref).exists():
+    try:
+        card = zoo.card(ref)
+    except ConfigError:
+        if not Path(ref).exists():
+            raise
         from weightfold.zoo.exchange.describe import Tracer
         from weightfold.zoo.exchange.imports import read_model
 
         item = read_model(Path(ref))
         return embedding(item.state, Tracer().trace(item).found)
-    vector = zoo.card(ref).embedding
-    if vector is None:
+    if card.embedding is None:
         raise ConfigError(f"'{ref}' has no embedding.", remedy="Add it to the zoo again.")
-    return vector
+    return card.embedding
 
 
 def known(card: Card) -> dict[str, Any]:

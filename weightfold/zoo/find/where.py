@@ -1,7 +1,7 @@
 """Conditions on cards and facts, read by a small parser of their own: nothing is ever evaluated as code.
 
     accuracy > 0.9 and tags.dataset == mnist
-    not (licence in [mit, apache-2.0]) or n_parameters < 1e6
+    not (license in [mit, apache-2.0]) or n_parameters < 1e6
 
 Names are fields of the card or paths into its facts. Comparisons: == != < <= > >=, `in` (a list of words), `has` (the
 other way round: a fact that is a list or a text). What a card lacks, or cannot be compared, is false.
@@ -10,7 +10,7 @@ other way round: a fact that is a list or a text). What a card lacks, or cannot 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weightfold.errors import ConfigError
@@ -50,6 +50,20 @@ def condition(text: str) -> Condition:
     return _Reader(text).whole()
 
 
+def absent(text: str, cards: Sequence[Facts]) -> list[str]:
+    """The names in a condition that no card has.
+
+    Raises:
+        ConfigError: the condition cannot be read.
+    Example:
+        >>> absent("license == mit and accuracy > 0.9", [{"accuracy": 0.95}])
+        ['license']
+    """
+    reader = _Reader(text)
+    reader.whole()
+    return [name for name in dict.fromkeys(reader.names) if all(_found(card, name) is _MISSING for card in cards)]
+
+
 class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -65,6 +79,7 @@ class _Reader:
             kind = str(match.lastgroup)
             self.tokens.append((kind, match.group(kind), match.start(kind)))
             at = match.end()
+        self.names: list[str] = []
         self.at = 0
         self.depth = 0
 
@@ -124,6 +139,7 @@ class _Reader:
         kind, name, at = self.here()
         if kind != "word" or name.lower() in ("and", "or", "in", "has"):
             raise self.wrong(at, "a name was expected")
+        self.names.append(name)
         self.at += 1
         _, sign, at = self.here()
         sign = "==" if sign == "=" else sign.lower()

@@ -9,8 +9,8 @@
 | noisy | aligned, a relative distance of at most a threshold |
 
 Nothing is compared with everything: candidates share a key of the semantic hash (`weightfold.weights.canon.hash_keys`)
-or are among the nearest embeddings of one architecture. Of a group the model that was added first stays; each of the
-others is held against it or against another member.
+or are among the nearest embeddings of one architecture. Of a group the model that was added first stays, but what was
+rounded never stays for what it was rounded from; each of the others is held against it or against another member.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weightfold.config import nearest
+from weightfold.errors import ConfigError
 from weightfold.weights.canon import hash_distance, hash_keys, same_hash
 from weightfold.zoo.delta.matching import match
 from weightfold.zoo.delta.moves import moved
-from weightfold.zoo.kin.families import RELATED, Item, Sets, Shelf, by_kind, cosine, neighbours, relative_distance
+from weightfold.zoo.distance import neighbours, relative_distance
+from weightfold.zoo.kin.families import RELATED, Item, Progress, Sets, Shelf, by_kind, cosine
 
 LEVELS = ("identical", "permuted", "rescaled", "quantised", "noisy")
+EXACT = LEVELS[:3]
 NOISE = 1e-3
 """Relative distance of aligned weights up to which a model counts as a noisy copy."""
 N_NEAR = 8
@@ -65,7 +69,12 @@ class Group:
 
 
 def dedupe(
-    items: Sequence[Item], *, level: str = "noisy", noise: float = NOISE, shelf: Shelf | None = None
+    items: Sequence[Item],
+    *,
+    level: str = "noisy",
+    noise: float = NOISE,
+    shelf: Shelf | None = None,
+    progress: Progress | None = None,
 ) -> list[Group]:
     """Find duplicates.
 
@@ -73,11 +82,15 @@ def dedupe(
         items: see `weightfold.zoo.kin.families.items_of`.
         level: the loosest level looked for.
         noise: largest relative distance of aligned weights that counts as noise.
+        progress: called with pairs done, all of them, and a name.
     Returns:
         Groups of two or more, in the order of their keepers.
     Raises:
         ArtifactError: a model cannot be read.
+        ConfigError: there is no such level.
     """
+    if level not in LEVELS:
+        raise ConfigError(f"There is no level '{level}' of duplicates.", remedy=nearest(level, LEVELS))
     shelf = Shelf(items) if shelf is None else shelf
     reach = LEVELS.index(level)
     edges: list[_Edge] = []
@@ -100,27 +113,42 @@ def dedupe(
             if LEVELS.index(kind) <= reach:
                 enter(i, j, kind, evidence)
     if reach >= 3:
-        for i, j in _near(items, alone):
+        pairs = _near(items, alone)
+        for at, (i, j) in enumerate(pairs):
+            if progress is not None:
+                progress(at, len(pairs), items[i].name)
             if sets.root(i) != sets.root(j):
                 told = _almost(items, shelf, i, j, noise if reach >= 4 else -1.0)
                 if told is not None:
-                    enter(i, j, *told)
-    groups = sorted((g for g in sets.groups() if len(g) > 1), key=lambda g: g[0])
-    return [
-        _group(items, members, [e for e in edges if sets.root(e[0]) == sets.root(members[0])]) for members in groups
-    ]
+                    enter(*told)
+    around: dict[int, list[_Edge]] = {}
+    for i, j, kind, evidence in edges:
+        around.setdefault(i, []).append((i, j, kind, evidence))
+        around.setdefault(j, []).append((j, i, kind, evidence))
+    rounded = _rounded(edges, around)
+    groups = [g for g in sets.groups() if len(g) > 1]
+    keepers = (next((i for i in group if i not in rounded), group[0]) for group in groups)
+    return [_group(items, keeper, around) for keeper in sorted(keepers)]
 
 
-def _group(items: Sequence[Item], members: Sequence[int], edges: Sequence[_Edge]) -> Group:
-    """The first member stays; every other one is a copy of its neighbour on the way there."""
-    reached, copies = [members[0]], []
+def _rounded(edges: Sequence[_Edge], around: Mapping[int, Sequence[_Edge]]) -> list[int]:
+    """Models that are rounded copies of others, and the exact copies of those."""
+    out = [j for _, j, kind, _ in edges if kind == "quantised"]
+    for i in out:
+        out += [j for _, j, kind, _ in around[i] if kind in EXACT and j not in out]
+    return out
+
+
+def _group(items: Sequence[Item], keeper: int, around: Mapping[int, Sequence[_Edge]]) -> Group:
+    """One member stays; every other one is a copy of its neighbour on the way there."""
+    copies: dict[int, Copy] = {}
+    reached = [keeper]
     for i in reached:
-        for a, b, kind, evidence in edges:
-            j = b if a == i else a if b == i else i
-            if j not in reached:
+        for _, j, kind, evidence in around[i]:
+            if j != keeper and j not in copies:
                 reached.append(j)
-                copies.append((j, Copy(items[j].name, items[i].name, kind, evidence)))
-    return Group(items[members[0]].name, tuple(copy for _, copy in sorted(copies, key=lambda c: c[0])))
+                copies[j] = Copy(items[j].name, items[i].name, kind, evidence)
+    return Group(items[keeper].name, tuple(copies[j] for j in sorted(copies)))
 
 
 def _same_function(items: Sequence[Item], alone: Sequence[int]) -> list[tuple[int, int]]:
@@ -174,8 +202,8 @@ def _near(items: Sequence[Item], alone: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: (pairs[pair], pair))
 
 
-def _almost(items: Sequence[Item], shelf: Shelf, i: int, j: int, noise: float) -> tuple[str, str] | None:
-    """Whether one of two models is the other's, rounded or with noise."""
+def _almost(items: Sequence[Item], shelf: Shelf, i: int, j: int, noise: float) -> _Edge | None:
+    """Whether one of two models is the other's, rounded or with noise; the rounded one comes second."""
     one, two = shelf.aligned(i, j)
     if cosine(one, two) < RELATED:
         return None
@@ -184,8 +212,8 @@ def _almost(items: Sequence[Item], shelf: Shelf, i: int, j: int, noise: float) -
         for a, b in ((i, j), (j, i)):
             kind = rounding(*_moved_states(items[a], items[b]))
             if kind is not None:
-                return "quantised", f"{items[b].name} is {items[a].name} rounded to {kind}, {apart:.1e} apart"
-    return ("noisy", f"{apart:.1e} apart once aligned, at most {noise:.0e}") if apart <= noise else None
+                return a, b, "quantised", f"{items[b].name} is {items[a].name} rounded to {kind}, {apart:.1e} apart"
+    return (i, j, "noisy", f"{apart:.1e} apart once aligned, at most {noise:.0e}") if apart <= noise else None
 
 
 def _moved_states(one: Item, two: Item) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

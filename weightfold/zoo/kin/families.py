@@ -17,10 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from weightfold.weights import compare
 from weightfold.weights.align import align_tensors
 from weightfold.weights.canon import structure_digest
 from weightfold.weights.point import points
 from weightfold.weights.symmetry import Symmetries
+from weightfold.zoo.distance import neighbours, relative_distance
 
 if TYPE_CHECKING:
     from weightfold.zoo.store import Zoo
@@ -31,6 +33,7 @@ N_NEAR, N_FAILURES = 8, 4
 """Nearest embeddings that a model is compared with; comparisons in vain after which it is left alone."""
 CACHE_BYTES = 1 << 29
 Tensors = dict[str, Tensor]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,38 +118,7 @@ def cosine(one: Tensors, two: Tensors) -> float:
     """
     if one.keys() != two.keys() or any(one[n].shape != two[n].shape for n in one):
         return 0.0
-    dot = sum(float((one[n] * two[n]).sum()) for n in one)
-    sizes = [sum(float(t.square().sum()) for t in side.values()) for side in (one, two)]
-    return dot / (sizes[0] * sizes[1]) ** 0.5 if min(sizes) > 0 else float(max(sizes) == 0)
-
-
-def relative_distance(one: Tensors, two: Tensors) -> float:
-    """Norm of the difference over the first's norm."""
-    change = sum(float((one[n] - two[n]).square().sum()) for n in one)
-    size = sum(float(t.square().sum()) for t in one.values())
-    return (change / size) ** 0.5 if size > 0 else (0.0 if change == 0 else float("inf"))
-
-
-def neighbours(vectors: npt.NDArray[np.float32], k: int) -> list[list[int]]:
-    """The k nearest other rows of each, nearest first, shape (N, D) in; exact, in parts.
-
-    Example:
-        >>> neighbours(np.array([[0.0], [1.0], [1.5]], np.float32), 1)
-        [[1], [2], [1]]
-    """
-    n, k = len(vectors), min(k, len(vectors) - 1)
-    if k < 1:
-        return [[] for _ in range(n)]
-    own = np.einsum("nd,nd->n", vectors, vectors)
-    out: list[list[int]] = []
-    for first in range(0, n, 1024):
-        part = vectors[first : first + 1024]
-        far = own[None] - 2 * part @ vectors.T
-        far[np.arange(len(part)), np.arange(first, first + len(part))] = np.inf
-        near = np.argpartition(far, k - 1, 1)[:, :k]
-        order = np.take_along_axis(far, near, 1).argsort(1, kind="stable")
-        out += np.take_along_axis(near, order, 1).tolist()
-    return out
+    return compare.cosine(one, two)
 
 
 def by_kind(items: Sequence[Item]) -> list[list[int]]:
@@ -158,9 +130,12 @@ def by_kind(items: Sequence[Item]) -> list[list[int]]:
     return list(out.values())
 
 
-def families(items: Sequence[Item], shelf: Shelf | None = None) -> list[list[int]]:
+def families(items: Sequence[Item], shelf: Shelf | None = None, progress: Progress | None = None) -> list[list[int]]:
     """Group models into families of relatives.
 
+    Args:
+        items: see `items_of`.
+        progress: called with models done, all of them, and a name.
     Returns:
         Numbers of the members, ascending, largest family first; a model without relatives is a family of its own.
     Raises:
@@ -168,16 +143,28 @@ def families(items: Sequence[Item], shelf: Shelf | None = None) -> list[list[int
     """
     shelf = Shelf(items) if shelf is None else shelf
     sets = Sets(len(items))
+    seen = 0
+
+    def step(i: int) -> None:
+        nonlocal seen
+        seen += 1
+        if progress is not None:
+            progress(seen, len(items), items[i].name)
+
     for mine in by_kind(items):
         vectors = np.stack([items[i].vector for i in mine])  # type: ignore[arg-type]
-        _join(sets, shelf, mine, neighbours(vectors, N_NEAR))
+        _join(sets, shelf, mine, neighbours(vectors, N_NEAR), step)
         _join_groups(sets, shelf, mine, vectors)
     return sets.groups()
 
 
-def _join(sets: Sets, shelf: Shelf, mine: Sequence[int], near: list[list[int]]) -> None:
+def _join(
+    sets: Sets, shelf: Shelf, mine: Sequence[int], near: list[list[int]], step: Callable[[int], None] | None = None
+) -> None:
     for i, others in zip(mine, near, strict=True):
         failures = 0
+        if step is not None:
+            step(i)
         for at in others:
             j = mine[at]
             if sets.root(i) == sets.root(j):

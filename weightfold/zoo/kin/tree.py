@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightfold.zoo.kin import fitted
-from weightfold.zoo.kin.families import Item, Shelf, common_basis, families
+from weightfold.zoo.kin.families import Item, Progress, Shelf, common_basis, families
 from weightfold.zoo.kin.kinship import Kin, features, kin, matrices, root_features
 
 COPY = 1e-5
@@ -60,18 +60,19 @@ class Family:
         return [name for edge in self.edges for name in (edge.child, *edge.copies)]
 
 
-def tree(items: Sequence[Item], shelf: Shelf | None = None) -> list[Family]:
+def tree(items: Sequence[Item], shelf: Shelf | None = None, progress: Progress | None = None) -> list[Family]:
     """Tell the families of some models, and their trees.
 
     Args:
         items: see `weightfold.zoo.kin.families.items_of`.
+        progress: called with models done, all of them, and a name.
     Returns:
         Families, the largest first; models without relatives are families of one.
     Raises:
         ArtifactError: a model cannot be read.
     """
     shelf = Shelf(items) if shelf is None else shelf
-    return [_family(shelf, members) for members in families(items, shelf)]
+    return [_family(shelf, members) for members in families(items, shelf, progress)]
 
 
 def _family(shelf: Shelf, members: list[int]) -> Family:

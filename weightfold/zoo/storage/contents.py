@@ -31,7 +31,7 @@ def to_blob(state: Mapping[str, Tensor]) -> bytes:
     Args:
         state: contiguous CPU tensors by name; a tied one is the same object under each name.
     Raises:
-        ArtifactError: a tensor has a type that safetensors does not know; names it.
+        ArtifactError: a tensor has a name or type that safetensors does not know; names it.
     Example:
         >>> import torch
         >>> weight = torch.ones(2)
@@ -39,21 +39,41 @@ def to_blob(state: Mapping[str, Tensor]) -> bytes:
         >>> sorted(twin), twin["a"] is twin["b"]
         (['a', 'b', 'c'], True)
     """
+    check_tensors(state)
     first: dict[int, str] = {}
     held: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, value in state.items():
-        if str(value.dtype).removeprefix("torch.") not in KNOWN_DTYPES:
-            raise ArtifactError(
-                f"'{name}' has the type {value.dtype}, which a safetensors file cannot hold.",
-                remedy="Change its type before adding the model.",
-            )
         owner = first.setdefault(id(value), name)
         if owner == name:
             held[name] = value
         else:
             aliases[name] = owner
     return save(held, {ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else None)
+
+
+def check_tensors(state: Mapping[str, Tensor]) -> None:
+    """Make sure that a safetensors file can hold tensors.
+
+    Raises:
+        ArtifactError: one has a type that it does not know, or a name that is its own or no Unicode; names it.
+    Example:
+        >>> import torch
+        >>> check_tensors({"__metadata__": torch.ones(2)})
+        Traceback (most recent call last):
+        weightfold.errors.ArtifactError: A safetensors file cannot hold a tensor named '__metadata__'.
+          -> Rename it before adding the model.
+    """
+    for name, value in state.items():
+        if name == "__metadata__" or (not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name)):
+            raise ArtifactError(
+                f"A safetensors file cannot hold a tensor named {name!r}.", remedy="Rename it before adding the model."
+            )
+        if str(value.dtype).removeprefix("torch.") not in KNOWN_DTYPES:
+            raise ArtifactError(
+                f"'{name}' has the type {value.dtype}, which a safetensors file cannot hold.",
+                remedy="Change its type before adding the model.",
+            )
 
 
 def from_blob(data: bytes) -> dict[str, Tensor]:
@@ -66,7 +86,7 @@ def from_blob(data: bytes) -> dict[str, Tensor]:
         state = load(data)
         aliases = json.loads(parse_header(data, "a blob").metadata.get(ALIASES, "{}"))
         return dict(sorted((state | {alias: state[name] for alias, name in aliases.items()}).items()))
-    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"The bytes are no tensors: {error}.") from None
 
 
@@ -93,7 +113,12 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class Reader:
-    """Reads contents, chains of differences included, and verifies what it gives."""
+    """Reads contents, chains of differences included, and verifies what it gives.
+
+    Others may pack, unpack and remove meanwhile, so that a row is out of date when the row of its base is looked up:
+    what fails is tried again as long as the row has changed. Decoded parents are kept by their blob, for two contents
+    may decode to equal tensors, and each blob is to be read.
+    """
 
     def __init__(self, catalogue: Catalogue, objects: Objects) -> None:
         self._catalogue, self._objects = catalogue, objects
@@ -106,7 +131,7 @@ class Reader:
             ArtifactError: a blob is missing or damaged; names blob, model and what to do.
         """
         state = self._decoded(content, MAX_DEPTH)
-        return _copied(state) if state is self._cache.get(content.decoded) else state
+        return _copied(state) if any(state is kept for kept in self._cache.values()) else state
 
     def decode(self, data: bytes, base: Content | None) -> dict[str, Tensor]:
         """The tensors that bytes stand for, as a difference to a content or in full."""
@@ -114,14 +139,20 @@ class Reader:
             return from_blob(data)
         from weightfold.zoo.delta.codec import decode
 
-        parent = self._decoded(base, MAX_DEPTH)
-        self._keep(base.decoded, parent)
-        return decode(data, parent)
+        return decode(data, self._parent(base, MAX_DEPTH))
+
+    def _parent(self, base: Content, depth: int) -> dict[str, Tensor]:
+        """The tensors of a content, kept for its next child."""
+        state = self._decoded(base, depth)
+        self._cache[base.blob] = state
+        self._cache.move_to_end(base.blob)
+        while len(self._cache) > 1 and sum(map(size_of, self._cache.values())) > CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return state
 
     def _decoded(self, content: Content, depth: int) -> dict[str, Tensor]:
-        if content.decoded in self._cache:
-            self._cache.move_to_end(content.decoded)
-            return self._cache[content.decoded]
+        if content.blob in self._cache:
+            return self._cache[content.blob]
         try:
             state = dict(sorted(self._undone(content, depth).items()))
             if digest_of(state) != content.decoded:
@@ -129,6 +160,9 @@ class Reader:
                     f"The blob '{self._objects.path(content.blob)}' gives other tensors than were stored."
                 )
         except ArtifactError as error:
+            now = self._catalogue.content(content.digest)
+            if now is not None and now != content:
+                return self._decoded(now, depth)
             raise self._explained(error, content) from None
         return state
 
@@ -141,17 +175,9 @@ class Reader:
             raise ArtifactError(
                 f"The content {content.base[:12]} that it is a difference to is gone or goes in a ring."
             )
-        parent = self._decoded(base, depth - 1)
-        self._keep(base.decoded, parent)
         from weightfold.zoo.delta.codec import decode
 
-        return decode(data, parent)
-
-    def _keep(self, digest: str, state: dict[str, Tensor]) -> None:
-        self._cache[digest] = state
-        self._cache.move_to_end(digest)
-        while len(self._cache) > 1 and sum(map(size_of, self._cache.values())) > CACHE_BYTES:
-            self._cache.popitem(last=False)
+        return decode(data, self._parent(base, depth - 1))
 
     def _explained(self, error: ArtifactError, content: Content) -> ArtifactError:
         if error.remedy is not None and "zoo verify" in error.remedy:

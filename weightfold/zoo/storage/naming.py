@@ -8,7 +8,8 @@ from weightfold.config import nearest
 from weightfold.errors import ConfigError
 from weightfold.zoo.storage.catalogue import Catalogue
 
-LONGEST = 200
+LONGEST, LONGEST_FOUND = 200, 120
+"""Characters of a name that a user chose, and of one that was found: a digest may still come behind that."""
 SHORTEST_PREFIX = 6
 N_NEAR = 40
 _DIGEST = re.compile(r"[0-9a-f]+")
@@ -29,6 +30,17 @@ def checked_name(name: str) -> str:
             remedy=f"Take 1 to {LONGEST} printable characters without blanks at the ends.",
         )
     return name
+
+
+def tidy_name(text: str) -> str:
+    """A name that is allowed, near to what a file, folder or class is called.
+
+    Example:
+        >>> tidy_name("seed 3"), tidy_name(" two\\nlines"), len(tidy_name("x" * 300))
+        ('seed 3', 'two_lines', 120)
+    """
+    plain = "".join(c if c.isprintable() else "_" for c in text.strip())
+    return plain[:LONGEST_FOUND].strip() or "model"
 
 
 def find(catalogue: Catalogue, ref: str) -> str:
