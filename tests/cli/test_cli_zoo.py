@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from weightfold.cli import show
 from weightfold.models import Classes, ImageInput, TaskSpec, build
 from weightfold.zoo.delta.codec import encode
 from weightfold.zoo.store import Zoo
@@ -45,7 +46,7 @@ def flat(text: str) -> str:
 def test_a_folder_of_models_is_added_and_listed(cli: Run, filled: Path) -> None:
     done = cli("zoo", "list", filled)
     assert done.exit_code == 0
-    assert "3 models, 3 contents" in done.stdout
+    assert "3 models; 259 kB on disk" in done.stdout
     assert all(f"net{seed}" in done.stdout for seed in range(3))
     assert "accuracy 0.97" in flat(done.stdout)
     facts = json.loads(cli("zoo", "list", filled, "--json").stdout)
@@ -145,6 +146,40 @@ def test_facts_may_be_json_or_text(cli: Run, files: Path, tmp_path: Path) -> Non
     (card,) = json.loads(cli("zoo", "list", tmp_path / "zoo", "--json").stdout)["models"]
     assert card["facts"] == {"data": "mnist", "tags": ["a", "b"], "note": "a=b", "x": "NaN"}
     assert card["parent"] == "base"
+
+
+def test_a_list_fits_into_80_columns(cli: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "WIDTH", 80)
+    facts = ("--fact", "accuracy=0.9712", "--fact", "data=a-data-set-of-a-long-name", "--fact", "method=fold")
+    name = "a-name-of-25-characters-1"
+    cli("zoo", "add", tmp_path / "zoo", files / "net0.safetensors", *MADE, *facts, "--name", name)
+    for verb in ("list", "search"):
+        lines = cli("zoo", verb, tmp_path / "zoo").stdout.splitlines()
+        assert max(map(len, lines)) <= 80
+        (row,) = [line for line in lines if name in line]
+        assert row.rstrip().endswith("…"), "facts are cut, not folded"
+
+
+def test_of_many_paths_those_that_can_be_read_are_added(cli: Run, files: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = cli("zoo", "add", tmp_path / "zoo", empty, tmp_path / "gone.pt")
+    assert done.exit_code == 2
+    assert "holds no model" in done.stderr
+    assert "There is no model" in done.stderr
+    assert not (tmp_path / "zoo").exists(), "nothing to add, no zoo"
+    done = cli("zoo", "add", tmp_path / "zoo", empty, files, "--json")
+    assert done.exit_code == 2
+    facts = json.loads(done.stdout)
+    assert facts["new"] == 3
+    assert [row["source"] for row in facts["refused"]] == [str(empty)]
+
+
+def test_facts_of_what_is_there_already_are_not_dropped_in_silence(cli: Run, filled: Path, files: Path) -> None:
+    again = cli("zoo", "add", filled, files / "net0.safetensors", "--fact", "accuracy=0.5")
+    assert again.exit_code == 0
+    assert "facts and parent stay as they were" in flat(again.stderr)
+    assert not cli("zoo", "add", filled, files / "net0.safetensors").stderr
 
 
 class Evil:

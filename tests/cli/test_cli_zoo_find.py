@@ -10,6 +10,7 @@ import torch
 
 from weightfold.weights.disguise import disguise
 from weightfold.weights.symmetry import symmetries
+from weightfold.zoo.delta.codec import encode
 from weightfold.zoo.store import Zoo
 
 from .conftest import Run
@@ -55,6 +56,20 @@ def test_search(cli: Run, folder: Path) -> None:
     wrong = cli("zoo", "search", folder, "--where", "accuracy >")
     assert "ends at 10" in wrong.stderr
     assert "nobody" in cli("zoo", "search", folder, "--like", "nobody").stderr
+    none = cli("zoo", "search", folder, "--where", "accurracy > 0.9 and name == root").stdout
+    assert "no card has 'accurracy'; there are: accuracy, " in none
+    assert "no card has" not in cli("zoo", "search", folder, "--where", "accuracy > 2").stdout
+    assert "there are more: -k 20" in cli("zoo", "search", folder, "-k", "2").stdout
+    assert "there are more" not in cli("zoo", "search", folder, "-k", "5").stdout
+
+
+def test_a_model_of_the_zoo_comes_before_a_folder_of_its_name(
+    cli: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "root").mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = cli("zoo", "search", folder, "--like", "root")
+    assert done.exit_code == 0, done.stderr
 
 
 def test_dedupe_looks_and_removes_only_what_was_asked_for(cli: Run, folder: Path) -> None:
@@ -65,9 +80,35 @@ def test_dedupe_looks_and_removes_only_what_was_asked_for(cli: Run, folder: Path
     assert json.loads(cli("zoo", "dedupe", folder, "--remove", "--level", "rescaled", "--json").stdout)["removed"] == [
         "hidden"
     ]
-    assert "0 copies" in cli("zoo", "dedupe", folder).stdout
+    assert "no copies among 3 models" in cli("zoo", "dedupe", folder).stdout
     with Zoo.open(folder) as zoo:
         assert [card.name for card in zoo.cards()] == ["root", "child", "stranger"]
+
+
+def test_what_was_rounded_never_stays_for_what_it_was_rounded_from(cli: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    half = {name: value.half() for name, value in net.state_dict().items()}
+    with Zoo.open(tmp_path / "zoo") as zoo:
+        zoo.add(half, name="half", model=net, example=EXAMPLE)
+        zoo.add(half, name="half too", model=net, example=EXAMPLE)
+        zoo.add(net, name="net", example=EXAMPLE)
+    done = json.loads(cli("zoo", "dedupe", tmp_path / "zoo", "--remove", "--level", "quantised", "--json").stdout)
+    assert done["groups"][0]["keeper"] == "net"
+    assert sorted(done["removed"]) == ["half", "half too"]
+
+
+def test_a_copy_that_others_are_differences_to_is_removed_too(cli: Run, folder: Path) -> None:
+    with Zoo.open(folder) as zoo:
+        before = zoo.state("child")
+        root, child = zoo.card("hidden"), zoo.card("child")
+        blob = encode(before, zoo.state("hidden"))
+        zoo.switch(child.digest, blob=blob, parent=root.digest, lossy=False, decoded=child.digest)
+    done = cli("zoo", "dedupe", folder, "--remove", "--level", "rescaled")
+    assert done.exit_code == 0, done.stderr
+    with Zoo.open(folder) as zoo:
+        assert [card.name for card in zoo.cards()] == ["root", "child", "stranger"]
+        assert all(torch.equal(zoo.state("child")[name], value) for name, value in before.items())
 
 
 def test_tree(cli: Run, folder: Path) -> None:
@@ -78,5 +119,5 @@ def test_tree(cli: Run, folder: Path) -> None:
     assert set(first["copies"]) == {"again", "hidden"}
     assert (second["child"], second["parent"]) == ("child", "root")
     text = cli("zoo", "tree", folder).stdout
-    assert "└─ child" in text
-    assert "1 models without relatives" in text
+    assert "└─ child   confidence " in text
+    assert "1 model without relatives" in text

@@ -7,10 +7,14 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 WIDTH = 110
 """Columns where stdout is no terminal."""
+GAP, GIVING = 3, 12
+"""Columns between those of a table; to how many a column is narrowed before others are left out."""
+REMARK = 24
+"""Characters of a remark beside a progress bar: its end is shown."""
 
 
 def print_json(value: Any) -> None:
@@ -36,7 +40,16 @@ def console() -> Any:
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=False)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), title: str = "") -> None:
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    title: str = "",
+    spare: Sequence[int] = (),
+    gives: int | None = None,
+    cut: bool = False,
+) -> None:
     """Print a table on stdout.
 
     Args:
@@ -44,16 +57,45 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         rows: texts, as many as columns; `[green]...[/]` marks colours.
         right: numbers of the columns that are aligned to the right.
         title: printed above.
+        spare: columns to leave out, in this order, while a row would not fit into a line.
+        gives: the column that becomes narrower before all others.
+        cut: whether that one is cut to a line; else it goes on in the next.
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
+    target = console()
+    kept = list(range(len(columns)))
+    widths = [max(Text.from_markup(row[at]).cell_len for row in [columns, *rows]) for at in kept]
+    if gives is not None:
+        widths[gives] = min(widths[gives], max(GIVING, len(columns[gives])))
+    for at in spare:
+        if sum(widths[at] + GAP for at in kept) > target.width:
+            kept.remove(at)
+    fits = gives is not None and sum(widths[at] + GAP for at in kept) <= target.width
     made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
-    for at, column in enumerate(columns):
-        made.add_column(column, justify="right" if at in right else "left", overflow="fold")
+    for at in kept:
+        justify: Literal["left", "right"] = "right" if at in right else "left"
+        made.add_column(columns[at], justify=justify, overflow="fold", no_wrap=fits and at != gives)
     for row in rows:
-        made.add_row(*row)
-    console().print(made)
+        cells: list[str | Text] = [row[at] for at in kept]
+        if gives in kept and cut:
+            line = Text.from_markup(row[gives], overflow="ellipsis")
+            line.no_wrap = True
+            cells[kept.index(gives)] = line
+        made.add_row(*cells)
+    target.print(made)
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number and what is counted.
+
+    Example:
+        >>> counted(1, "model"), counted(1200, "model"), counted(2, "family", "families")
+        ('1 model', '1,200 models', '2 families')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def plain(text: object) -> str:
@@ -123,7 +165,17 @@ def progress(description: str, *, quiet: bool = False) -> Iterator[Any]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None, remark="")
-        yield lambda done, total, remark="": bar.update(task, completed=done, total=total, remark=remark)
+        yield lambda done, total, remark="": bar.update(task, completed=done, total=total, remark=ending(remark))
+
+
+def ending(text: str) -> str:
+    """A remark, or its end if it is too long to stand beside a bar; square brackets are no colours.
+
+    Example:
+        >>> ending("nets/a.pt"), ending("some/long/path/that/goes/on/model.pt")
+        ('nets/a.pt', '…h/that/goes/on/model.pt')
+    """
+    return plain(text if len(text) <= REMARK else "…" + text[1 - REMARK :])
 
 
 def _ignore(*_: Any) -> None:

@@ -58,7 +58,7 @@ def size(n_bytes: float) -> str:
     raise AssertionError
 
 
-def facts_text(facts: dict[str, Any], longest: int = 40) -> str:
+def facts_text(facts: dict[str, Any], longest: int = 80) -> str:
     """The facts of a card in one line.
 
     Example:

@@ -28,7 +28,11 @@ Loosest = Annotated[
 ]
 Noise = Annotated[float, typer.Option("--noise", min=0.0, help="Largest relative distance of a noisy copy.")]
 Remove = Annotated[
-    bool, typer.Option("--remove", help="Remove copies: identical ones, or up to --level. The first added stays.")
+    bool,
+    typer.Option(
+        "--remove",
+        help="Remove copies: identical ones, or up to --level. The first added stays, unless it is a rounded copy.",
+    ),
 ]
 
 
@@ -44,9 +48,11 @@ def dedupe(
 
     loosest = level or (Level.IDENTICAL if remove else Level.NOISY)
     with Zoo.open(zoo, create=False) as opened:
-        groups = find(items_of(opened), level=loosest.value, noise=noise)
+        count = len(opened)
+        with show.progress("comparing", quiet=as_json) as update:
+            groups = find(items_of(opened), level=loosest.value, noise=noise, progress=update)
         copies = [copy for group in groups for copy in group.copies]
-        removed = [name for copy in copies for name in opened.remove(copy.name)] if remove else []
+        removed = [name for copy in copies for name in opened.remove(copy.name, unpack=True)] if remove else []
         if removed:
             opened.sweep()
     if as_json:
@@ -59,6 +65,10 @@ def dedupe(
         for n, c in enumerate(g.copies)
     ]
     if rows:
-        show.table(("kept", "copy", "level", "copy of", "evidence"), rows)
+        show.table(("kept", "copy", "level", "copy of", "evidence"), rows, gives=4)
     gone = f"; removed {len(removed)}" if remove else ""
-    show.console().print(f"{len(copies)} copies of {len(groups)} models{gone}")
+    if copies:
+        found = f"{show.counted(len(copies), 'copy', 'copies')} of {show.counted(len(groups), 'model')}"
+    else:
+        found = f"no copies among {show.counted(count, 'model')}"
+    show.console().print(f"{found}{gone}; looked for: {', '.join(LEVELS[: LEVELS.index(loosest.value) + 1])}")

@@ -28,5 +28,5 @@ def get(
     if as_json:
         show.print_json({"file": str(file), **plain_card(card)})
         return
-    how = "as it was packed, with a loss" if card.lossy else "bit for bit as it was added"
+    how = "as it was packed, with a loss" if card.lossy else "every tensor bit for bit as it was added"
     show.console().print(f"[green]wrote[/]  {show.plain(file)}: '{show.plain(card.name)}', {how}", soft_wrap=True)

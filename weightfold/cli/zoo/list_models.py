@@ -35,6 +35,7 @@ def list_models(zoo: Folder, as_json: Json = False) -> None:
     ]
     if rows:
         columns = ("model", "digest", "architecture", "parameters", "stored as", "stored", "facts")
-        show.table(columns, rows, right=(3, 5))
-    share = f", {100 * stored / full:.1f} % of {size(full)}" if full else ""
-    show.console().print(f"{len(cards):,} models, {len(held):,} contents; they take {size(stored)}{share}")
+        show.table(columns, rows, right=(3, 5), spare=(1, 2, 3), gives=6, cut=True)
+    distinct = f", {len(held):,} of them distinct" if len(held) < len(cards) else ""
+    share = f", {100 * stored / full:.0f} % of their tensors' {size(full)}" if full else ""
+    show.console().print(f"{show.counted(len(cards), 'model')}{distinct}; {size(stored)} on disk{share}")

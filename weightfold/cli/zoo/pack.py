@@ -24,7 +24,7 @@ N_SHOWN = 30
 def pack(
     zoo: Folder,
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Only these; all if none is named.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="Only these; all if none is named.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show what would be gained.")] = False,
     lossy: Annotated[
@@ -60,6 +60,7 @@ def pack(
     if relative and lossy is None:
         raise ConfigError("--relative says what the step of --lossy is a share of.", remedy="Add --lossy STEP.")
     with Zoo.open(zoo, create=False) as opened, show.progress("packing", quiet=as_json) as update:
+        already = len({c.digest for c in opened.cards() if c.base is not None and (not models or c.name in models)})
         how = _lossy(opened, lossy, relative, carry, max_difference, model, example)
         done = packed(opened, lossy=how, models=models or (), depth=depth, plan=plan, progress=update)
     if as_json:
@@ -67,7 +68,7 @@ def pack(
             {"before": done.before, "after": done.after, "plan": plan, "rows": [vars(r) for r in done.rows]}
         )
         return
-    _print(done, plan)
+    _print(done, plan, already)
 
 
 def _lossy(
@@ -121,15 +122,21 @@ def _change(zoo: Zoo, model: str | None, example: list[str] | None) -> Any:
     )
 
 
-def _print(done: Packed, plan: bool) -> None:
+def _print(done: Packed, plan: bool, already: int) -> None:
     rows = [_cells(row) for row in done.rows[:N_SHOWN]]
     if rows:
-        show.table(("model", "difference to", "before", "after", "how", "change", "note"), rows, right=(2, 3, 5))
+        columns = ("model", "difference to", "before", "after", "how", "change", "note")
+        empty = [at for at in (5, 6) if all(row[at] in ("", "–") for row in rows)]
+        kept = [at for at in range(len(columns)) if at not in empty]
+        right = [new for new, at in enumerate(kept) if at in (2, 3, 5)]
+        note = kept.index(6) if 6 in kept else None
+        show.table([columns[at] for at in kept], [[row[at] for at in kept] for row in rows], right=right, gives=note)
     more = f", {len(done.rows) - N_SHOWN:,} more than shown" if len(done.rows) > N_SHOWN else ""
-    word = "[yellow]would be[/]" if plan else "[green]packed[/]"
+    word = "[yellow]would pack[/]" if plan else "[green]packed[/]"
+    left = f"; {already:,} packed before {'stays as it is' if already == 1 else 'stay as they are'}" if already else ""
     share = f"{done.after / done.before:.0%}" if done.before else "–"
     show.console().print(
-        f"{word}  {done.n_packed:,} of {len(done.rows):,} models as differences{more}; "
+        f"{word}  {done.n_packed:,} of {len(done.rows):,} models as differences{left}{more}; "
         f"all blobs {size(done.before)} -> {size(done.after)} ({share})",
         soft_wrap=True,
     )

@@ -27,18 +27,22 @@ def search(
 ) -> None:
     """Find models: near another one by their weights, by a condition on what is known, by classes."""
     from weightfold.zoo.find import search as searching
+    from weightfold.zoo.find.where import absent
     from weightfold.zoo.store import Zoo
 
     with Zoo.open(zoo, create=False) as opened:
         vector = None if like is None else searching.vector_of(opened, like)
         wanted = [part.strip() for part in (classes or "").split(",") if part.strip()]
-        hits = searching.search(opened, like=vector, where=where, classes=wanted, k=k)
+        hits = searching.search(opened, like=vector, where=where, classes=wanted, k=k + 1)
+        known = [] if hits or where is None else [searching.known(card) for card in opened.cards()]
+    near = vector is not None
     if as_json:
-        show.print_json({"models": [{**plain_card(hit.card), "distance": hit.distance} for hit in hits]})
+        show.print_json({"models": [{**plain_card(hit.card), "distance": hit.distance} for hit in hits[:k]]})
         return
+    more, hits = len(hits) > k, hits[:k]
     rows = [
         [
-            "–" if hit.distance is None else f"{hit.distance:.3f}",
+            *(() if hit.distance is None else (f"{hit.distance:.3f}",)),
             show.plain(hit.card.name),
             hit.card.digest[:HASH_DIGITS],
             show.plain(hit.card.architecture or "–"),
@@ -47,6 +51,17 @@ def search(
         for hit in hits
     ]
     if rows:
-        show.table(("distance", "model", "digest", "architecture", "facts"), rows, right=(0,))
-    else:
+        columns = ("distance",) if near else ()
+        at = len(columns)
+        heads = (*columns, "model", "digest", "architecture", "facts")
+        show.table(heads, rows, right=range(at), spare=(at + 1, at + 2), gives=at + 3, cut=True)
+    if more and not near:
+        show.console().print(f"the first {k}; there are more: -k {10 * k}")
+    if not rows:
         show.console().print("no model was found")
+        if where is not None and known and (unknown := absent(where, known)):
+            fields = sorted({name for card in known for name in card})
+            show.console().print(
+                show.plain(f"no card has {', '.join(map(repr, unknown))}; there are: {', '.join(fields)}"),
+                soft_wrap=True,
+            )

@@ -26,7 +26,8 @@ def tree(zoo: Folder, all_models: Alone = False, as_json: Json = False) -> None:
 
     with Zoo.open(zoo, create=False) as opened:
         declared = {card.name: card.parent for card in opened.cards()}
-        found = tell(items_of(opened))
+        with show.progress("comparing", quiet=as_json) as update:
+            found = tell(items_of(opened), progress=update)
     if as_json:
         edges = [[{**asdict(e), "declared": declared.get(e.child)} for e in family.edges] for family in found]
         show.print_json({"families": [{"root": f.root, "edges": e} for f, e in zip(found, edges, strict=True)]})
@@ -35,8 +36,9 @@ def tree(zoo: Folder, all_models: Alone = False, as_json: Json = False) -> None:
     for family in found:
         if len(family.names) > 1 or all_models:
             _print(family, declared)
-    rest = f"; {len(single)} models without relatives" if single else ""
-    show.console().print(f"{len(found) - len(single)} families{rest}")
+    hint = "" if all_models else " (--all lists them)"
+    rest = f"; {show.counted(len(single), 'model')} without relatives{hint}" if single else ""
+    show.console().print(f"{show.counted(len(found) - len(single), 'family', 'families')}{rest}")
 
 
 def _print(family: Family, declared: dict[str, str | None]) -> None:
@@ -48,12 +50,13 @@ def _print(family: Family, declared: dict[str, str | None]) -> None:
         edge, depth = waiting.pop()
         line = f"{'   ' * depth}{'└─ ' if depth else ''}{edge.child}"
         if depth or len(family.edges) > 1:
-            line += f"   {'root, ' if not depth else ''}{100 * edge.confidence:.0f} %"
+            line += f"   {'root, ' if not depth else ''}confidence {100 * edge.confidence:.0f} %"
         if edge.parent is not None:
-            line += f", {100 * edge.distance:.2g} % away"
+            line += f", {100 * edge.distance:.2g} % of the weights away"
         said = declared.get(edge.child)
         if said is not None and edge.parent is not None and said != edge.parent:
             line += f"; declared: {said}"
-        line += f"   = {', '.join(edge.copies)}" if edge.copies else ""
+        if edge.copies:
+            line += f"; {'copy' if len(edge.copies) == 1 else 'copies'}: {', '.join(edge.copies)}"
         show.console().print(show.plain(line), highlight=False, soft_wrap=True)
         waiting += [(child, depth + 1) for child in reversed(children.get(edge.child, []))]
