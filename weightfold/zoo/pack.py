@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from weightfold.errors import ArtifactError, ConfigError, WeightfoldError
 from weightfold.fingerprint import digest as digest_of
 from weightfold.weights.compare import differences
+from weightfold.zoo.cache import Cache
 from weightfold.zoo.delta.codec import decode, encode, estimate
 from weightfold.zoo.delta.matching import match
 from weightfold.zoo.delta.moves import Alignment
@@ -28,7 +28,6 @@ from weightfold.zoo.distance import neighbours, relative_distance
 from weightfold.zoo.find.embed import embedding
 from weightfold.zoo.forest import forest
 from weightfold.zoo.storage.catalogue import MAX_DEPTH
-from weightfold.zoo.storage.contents import size_of
 from weightfold.zoo.store import Zoo
 
 State = Mapping[str, Tensor]
@@ -126,7 +125,7 @@ class _Packing:
 
     def __init__(self, zoo: Zoo, lossy: Lossy | None, depth: int, plan: bool, progress: Progress) -> None:
         self._zoo, self._lossy, self._depth, self._plan, self._progress = zoo, lossy, depth, plan, progress
-        self._states: OrderedDict[str, State] = OrderedDict()
+        self._states: Cache[str, State] = Cache(CACHE_BYTES, least=2)
         cards = zoo.cards()
         self._cards = {card.digest: card for card in reversed(cards)}
         self._notes: dict[str, str] = {}
@@ -229,12 +228,8 @@ class _Packing:
 
     def _state(self, digest: str) -> State:
         """A content as reading gives it, kept for a while."""
-        if digest not in self._states:
-            self._states[digest] = self._zoo.state(self._cards[digest].name)
-        self._states.move_to_end(digest)
-        while len(self._states) > 2 and sum(map(size_of, self._states.values())) > CACHE_BYTES:
-            self._states.popitem(last=False)
-        return self._states[digest]
+        held = self._states.get(digest)
+        return self._states.put(digest, self._zoo.state(self._cards[digest].name)) if held is None else held
 
     def _why(self, digest: str, parents: Mapping[str, str]) -> str:
         """Why a content stays in full."""
@@ -282,7 +277,7 @@ class _Packing:
         exact = found == digest
         if not self._plan:
             self._zoo.switch(digest, blob=data, parent=parent, lossy=not exact, decoded=found)
-            self._states[digest] = decoded
+            self._states.put(digest, decoded)
         change = None if exact else change_of(child, decoded, self._lossy)
         return self._row(
             digest, parent, after=len(data), moved=bool(moves), step=None if exact else step, change=change, note=note

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from weightfold.artifact.files import make_folder, sync
 from weightfold.errors import ArtifactError, ConfigError, WeightfoldError
 from weightfold.weights.symmetry import Symmetries
+from weightfold.zoo.cache import size_of
 from weightfold.zoo.card import Card
 from weightfold.zoo.exchange.adding import Record, Wanted, check, content_of, free_name, model_of, records
 from weightfold.zoo.exchange.describe import Traced, Tracer
@@ -31,7 +32,7 @@ from weightfold.zoo.exchange.writing import write_model
 from weightfold.zoo.storage import changes, tables
 from weightfold.zoo.storage.catalogue import Catalogue, Content, Model
 from weightfold.zoo.storage.check import Problem, verify
-from weightfold.zoo.storage.contents import Reader, size_of
+from weightfold.zoo.storage.contents import Reader
 from weightfold.zoo.storage.naming import find
 from weightfold.zoo.storage.objects import WAIT_S, Objects, Swept
 

@@ -7,7 +7,6 @@ strangers to .45 to .7 by chance, more the narrower they are. A pair counts as r
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from weightfold.weights.align import align_tensors
 from weightfold.weights.canon import structure_digest
 from weightfold.weights.point import points
 from weightfold.weights.symmetry import Symmetries
+from weightfold.zoo.cache import Cache
 from weightfold.zoo.distance import neighbours, relative_distance
 
 if TYPE_CHECKING:
@@ -77,26 +77,19 @@ class Shelf:
 
     def __init__(self, items: Sequence[Item], cache_bytes: int = CACHE_BYTES) -> None:
         self.items = items
-        self._room = cache_bytes
-        self._held: OrderedDict[int, Tensors] = OrderedDict()
+        self._held: Cache[int, Tensors] = Cache(cache_bytes, least=2)
 
     def tensors(self, i: int) -> Tensors:
         """Balanced float32 tensors of a model; those it stands with where its architecture is unknown."""
-        if i in self._held:
-            self._held.move_to_end(i)
-            return self._held[i]
+        if (held := self._held.get(i)) is not None:
+            return held
         item = self.items[i]
         state = item.load()
         if item.found is None:
             made = {n: t.float().nan_to_num(0.0, 0.0, 0.0) for n, t in sorted(state.items()) if t.is_floating_point()}
         else:
             made = {name: t[0].float() for name, t in points(item.found, [state]).items()}
-        size = sum(4 * t.numel() for t in made.values())
-        held = sum(4 * t.numel() for kept in self._held.values() for t in kept.values())
-        while self._held and held + size > self._room:
-            held -= sum(4 * t.numel() for t in self._held.popitem(last=False)[1].values())
-        self._held[i] = made
-        return made
+        return self._held.put(i, made)
 
     def aligned(self, i: int, j: int) -> tuple[Tensors, Tensors]:
         """The tensors of model i, and those of model j in its basis."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from weightfold.artifact.header import DTYPES, parse_header
 from weightfold.errors import ArtifactError
 from weightfold.fingerprint import digest as digest_of
+from weightfold.zoo.cache import Cache
 from weightfold.zoo.storage.catalogue import MAX_DEPTH, Catalogue, Content
 from weightfold.zoo.storage.objects import Objects
 
@@ -122,7 +123,7 @@ class Reader:
 
     def __init__(self, catalogue: Catalogue, objects: Objects) -> None:
         self._catalogue, self._objects = catalogue, objects
-        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._parents: Cache[str, dict[str, Tensor]] = Cache(CACHE_BYTES, least=1)
 
     def state(self, content: Content) -> dict[str, Tensor]:
         """The tensors of a content, its own copies. Call it within a lease.
@@ -131,7 +132,7 @@ class Reader:
             ArtifactError: a blob is missing or damaged; names blob, model and what to do.
         """
         state = self._decoded(content, MAX_DEPTH)
-        return _copied(state) if any(state is kept for kept in self._cache.values()) else state
+        return _copied(state) if state is self._parents.get(content.blob) else state
 
     def decode(self, data: bytes, base: Content | None) -> dict[str, Tensor]:
         """The tensors that bytes stand for, as a difference to a content or in full."""
@@ -143,16 +144,11 @@ class Reader:
 
     def _parent(self, base: Content, depth: int) -> dict[str, Tensor]:
         """The tensors of a content, kept for its next child."""
-        state = self._decoded(base, depth)
-        self._cache[base.blob] = state
-        self._cache.move_to_end(base.blob)
-        while len(self._cache) > 1 and sum(map(size_of, self._cache.values())) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return state
+        return self._parents.put(base.blob, self._decoded(base, depth))
 
     def _decoded(self, content: Content, depth: int) -> dict[str, Tensor]:
-        if content.blob in self._cache:
-            return self._cache[content.blob]
+        if (held := self._parents.get(content.blob)) is not None:
+            return held
         try:
             state = dict(sorted(self._undone(content, depth).items()))
             if digest_of(state) != content.decoded:
@@ -162,7 +158,7 @@ class Reader:
         except ArtifactError as error:
             now = self._catalogue.content(content.digest)
             if now is not None and now != content:
-                return self._decoded(now, depth)
+                return _copied(self._decoded(now, depth))
             raise self._explained(error, content) from None
         return state
 
@@ -189,11 +185,6 @@ class Reader:
             remedy=f"Restore that file from a copy, or add {whose} again from its source; "
             "'weightfold zoo verify' lists all that is affected.",
         )
-
-
-def size_of(state: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors, each tied one counted once."""
-    return sum(value.numel() * value.element_size() for value in {id(v): v for v in state.values()}.values())
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
