@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from weightfold.config import Config, nearest
 from weightfold.errors import ConfigError
@@ -89,6 +89,21 @@ def test_a_nested_mistake_is_refused_too() -> None:
         Settings.from_json('{"gate": {"toleranze": 0.1}}')
     with pytest.raises(ConfigError, match="tolerance"):
         Settings(gate={"tolerance": -1})
+
+
+def test_settings_that_do_not_go_together_are_told_in_a_sentence_of_their_own() -> None:
+    class Pair(Config):
+        low: int = 0
+        high: int = 1
+
+        @model_validator(mode="after")
+        def _in_order(self) -> Pair:
+            if self.low > self.high:
+                raise ValueError("'low' is above 'high'")
+            return self
+
+    with pytest.raises(ConfigError, match=r"^Settings of Pair do not go together: 'low' is above 'high'\.$"):
+        Pair(low=2)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])

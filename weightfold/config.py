@@ -63,6 +63,9 @@ class Config(BaseModel):
         name = ".".join(str(part) for part in first["loc"]) or "?"
         if first["type"] == "extra_forbidden":
             return ConfigError(f"{cls.__name__} has no setting '{name}'.", remedy=nearest(name, cls.model_fields))
+        wrong = first["msg"].removeprefix("Value error, ")
+        if not first["loc"] and first["type"] == "value_error":
+            return ConfigError(f"Settings of {cls.__name__} do not go together: {wrong}.")
         return ConfigError(
-            f"The '{name}' setting of {cls.__name__} must satisfy: {first['msg']}. Got {first.get('input')!r} instead."
+            f"The '{name}' setting of {cls.__name__} must satisfy: {wrong}. Got {first.get('input')!r} instead."
         )

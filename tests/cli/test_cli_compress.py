@@ -142,3 +142,11 @@ def test_a_missed_target_is_said() -> None:
     packed = {"coded_bytes": 950, "target_bytes": 900, "fp32_bytes": 8000, "share": 0.119, "packed_bytes": 1500}
     lines = remarks({"arms": {"folded": {"packed": packed, "weights": [1810, 700], "size_bytes": 950}}})
     assert "50 bytes more than asked for" in lines[1]
+
+
+def test_edits_are_spoken_of_where_there_were_any() -> None:
+    arm = {"prepare_seconds": 0.5, "event_seconds": 0.0, "events": []}
+    (line, _) = remarks({"arms": {"folded": arm}})
+    assert line == "Its training seconds include 0.5 of preparation."
+    arm["events"] = [{"accepted": True}]
+    assert "0.0 for 1 of 1 proposed edits" in remarks({"arms": {"folded": arm}})[0]

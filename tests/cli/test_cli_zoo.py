@@ -140,6 +140,13 @@ def test_mistakes_are_told(cli: Run, filled: Path, files: Path, tmp_path: Path) 
         assert "->" in done.stderr
 
 
+def test_no_folder_is_made_where_a_file_was_meant(cli: Run, filled: Path, tmp_path: Path) -> None:
+    done = cli("zoo", "get", filled, "net0", tmp_path / "out.pt")
+    assert done.exit_code == 2
+    assert "does not end in .safetensors" in done.stderr
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_facts_may_be_json_or_text(cli: Run, files: Path, tmp_path: Path) -> None:
     facts = ("--fact", "data=mnist", "--fact", 'tags=["a", "b"]', "--fact", "note=a=b", "--fact", "x=NaN")
     cli("zoo", "add", tmp_path / "zoo", files / "net0.safetensors", *facts, "--parent", "base")

@@ -110,7 +110,10 @@ def check_liked(graph: ChannelGraph, names: Collection[str]) -> None:
     known = [group.name for group in graph]
     for name in names:
         if name not in known:
-            raise ConfigError(f"The widths of 'liked' name no group '{name}'.", remedy=nearest(name, known))
+            raise ConfigError(
+                f"The widths of 'liked' name no group '{name}'.",
+                remedy=f"{nearest(name, known)} A table of weightfold tune belongs to the network it was made of.",
+            )
 
 
 class Refused(WeightfoldError):

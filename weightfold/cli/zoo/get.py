@@ -16,7 +16,9 @@ from weightfold.cli.zoo.common import Folder, Ref, plain_card
 def get(
     zoo: Folder,
     model: Ref,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors file, or a folder.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .safetensors file, which is written over, or a folder.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Write a model as safetensors, verified, with what is needed to load it."""

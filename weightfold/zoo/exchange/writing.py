@@ -13,7 +13,7 @@ from weightfold.artifact.files import make_folder, write_bytes
 from weightfold.artifact.format import KEY, parse_structure
 from weightfold.errors import ArtifactError
 from weightfold.fingerprint import digest as digest_of
-from weightfold.zoo.exchange.imports import KEPT
+from weightfold.zoo.exchange.imports import ENDINGS, KEPT
 
 ENDING = ".safetensors"
 
@@ -32,7 +32,7 @@ def write_model(state: Mapping[str, Tensor], extras: Mapping[str, Any], path: Pa
         metadata[KEY] = structure.model_copy(update={"fingerprint": digest_of(state)}).to_json()
     tensors = {name: value.contiguous() for name, value in state.items() if name not in aliases}
     file = path if path.suffix == ENDING else path / f"model{ENDING}"
-    if path.suffix != ENDING and path.exists() and not path.is_dir():
+    if path.suffix != ENDING and not path.is_dir() and (path.exists() or path.suffix in ENDINGS):
         raise ArtifactError(
             f"'{path}' is a file that does not end in {ENDING}.", remedy="Name a folder, or such a file."
         )
