@@ -62,7 +62,8 @@ def from_bytes(data: bytes) -> Symmetries:
         n_text = int.from_bytes(data[:8], "little")
         tables = load(whole[n_text:])
         found = _made(json.loads(whole[:n_text]), tables)
-    except (ValueError, TypeError, KeyError, zlib.error, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, zlib.error,
+            SafetensorError) as error:  # fmt: skip
         raise ArtifactError(f"The stored symmetries are damaged: {error}.", remedy="Add the model again.") from None
     if not isinstance(found, Symmetries):
         raise ArtifactError("The stored symmetries are damaged: they are something else.")
