@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +10,15 @@ import torch
 
 from weightfold.ledger import Ledger
 
-WORKERS = Path(__file__).with_name("compress_workers.py")
+from .conftest import Pair
+
 RUNS = ("strength", "target", "accuracy", "fold")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKERS), str(rank), str(folder)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    return folder
+def folder(pair: Pair) -> Path:
+    """Two processes go through all cases, one after the other."""
+    return pair("compress_workers.py")
 
 
 @pytest.fixture

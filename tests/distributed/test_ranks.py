@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ from weightfold.errors import ConfigError, EditError
 from weightfold.ledger import Ledger
 from weightfold.ranks import Ranks, compiled, rewrapped, uncompiled, unwrapped
 
-WORKERS = Path(__file__).with_name("workers.py")
+from .conftest import Pair
+
 NAMES = (
     "widths_given", "dialled", "refused", "unfolded", "first_rank_fails", "each_for_itself", "at_once", "compiled",
     "sharded", "resumed",
@@ -25,26 +23,9 @@ DATA_PARALLEL = ("widths_given", "dialled", "refused", "unfolded")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(pair: Pair) -> Path:
     """Two processes go through all cases, one after the other."""
-    folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKERS), str(rank), str(folder), *NAMES],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    return folder
+    return pair("workers.py", NAMES)
 
 
 @pytest.fixture
