@@ -135,7 +135,7 @@ def layers_of(bed: Bed, model: nn.Module) -> list[Layer]:
     elif bed.name == "lenet-5-caffe":
         found = [Layer("0", alone=True), Layer("3", reads=("0",), alone=True)]
         found += [Layer("7", reads=("3",), alone=True), Layer("9", reads=("7",))]
-    elif bed.name == "resnet9":
+    elif bed.name.startswith("resnet9"):
         one, three = ("layer1.0", "res1.1.0"), ("layer3.0", "res3.1.0")
         found = [
             Layer("prep.0", "prep.1", alone=True),
@@ -379,7 +379,7 @@ def run(
     bed = batched(bed, batch or (512 if bed.unit == "%" else bed.schedule.batch))
     total = steps or bed.schedule.steps
     start = time.process_time()
-    decay = (5e-4 if bed.name == "resnet9" else 0.0) if weight_decay is None else weight_decay
+    decay = (5e-4 if bed.name.startswith("resnet9") else 0.0) if weight_decay is None else weight_decay
     state = Compressed(bed, bed.make(seed).train(), size, decay)
     for step, (x, y) in enumerate(bed.batches(seed, total)):
         for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
