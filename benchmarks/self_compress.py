@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> Row:
     steps = bed.schedule.steps
     settings = {
         name: value
-        for name in ("target", "strength", "max_accuracy_loss")
+        for name in ("target", "strength", "max_accuracy_loss", "at", "reach")
         if (value := getattr(args, name)) is not None
     }
     dense, ours = [], []
@@ -253,6 +253,8 @@ def main() -> None:
     aim.add_argument("--target", help="bytes of the file, such as '6.9 kB' or '1.5%%'")
     aim.add_argument("--strength", type=float, help="nats a bit")
     aim.add_argument("--max-accuracy-loss", type=float, help="points")
+    parser.add_argument("--at", type=float, help="share of the steps at which compression begins")
+    parser.add_argument("--reach", type=float, help="share of the steps at which the target is met")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--join", type=Path, nargs="+", help="make one result of such files")
