@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from weightfold.bench.tune import SLOWER
 from weightfold.errors import ConfigError, ExportError
 from weightfold.export import Source
 from weightfold.ledger import Ledger
 from weightfold.training import TrainConfig, train
+from weightfold.training.again import train_again
 from weightfold.training.config import Race
+from weightfold.training.speed import lost_races
 
 pytest.importorskip("sklearn")
 
@@ -58,6 +61,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, slow_below: int) -> list[int]:
         return 1.0, 0.8
 
     monkeypatch.setattr(module, "check_not_slower", race)
+    monkeypatch.setattr(module, "check_runs", lambda *_: None)
     return seen
 
 
@@ -112,3 +116,35 @@ def test_the_race_is_run_in_the_real_runtime(tmp_path: Path) -> None:
 def test_a_race_of_a_method_without_events_is_refused() -> None:
     with pytest.raises(ConfigError, match="'race' is no setting of the method 'none'"):
         TrainConfig(method="none", race=Race())
+
+
+def test_what_cannot_be_raced_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="no target 'onnx-gpu'"):
+        train(RACED.model_copy(update={"race": Race(target="onnx-gpu")}), tmp_path / "run")
+
+    def unable(*_: object) -> None:
+        raise ExportError("ONNX has no counterpart for the operator 'odd' of this model.")
+
+    monkeypatch.setattr(importlib.import_module("weightfold.bench.tune"), "_session", unable)
+    monkeypatch.setattr(importlib.import_module("weightfold.bench.tune"), "require", lambda _: None)
+    with pytest.raises(ExportError, match="no counterpart"):
+        train(RACED, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_replay_goes_by_the_record_and_not_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, slow_below=0)
+    train(RACED, tmp_path / "a")
+    seen = pretend(monkeypatch, slow_below=1000)
+    facts = train_again(tmp_path / "a", tmp_path / "again")
+    assert (facts["same_structure"], facts["same_weights"], seen) == (True, True, [])
+
+
+def test_only_a_lost_race_makes_learned_bits_race_again(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path / "ledger.db", run={}) as ledger:
+        ledger.append("rollback", {"attempts": [{"reason": "the probe loss may rise by 1"}]})
+        assert not lost_races(ledger.entries())
+        ledger.append("rollback", {"attempts": [{"reason": f"On onnx-cpu {SLOWER} 2.000 ms"}]})
+        assert lost_races(ledger.entries())

@@ -33,6 +33,8 @@ NARROWEST = 0.2
 """Share of a group's channels that the narrowest one has."""
 NOISE = 1.03
 """From how many times the dense network's time a plan counts as slower."""
+SLOWER = "the narrowed network takes"
+"""Stands in the reason of every refusal of a plan that is slower."""
 
 Progress = Callable[[int, int, str], None]
 """Told points done, all points, and what is measured."""
@@ -172,6 +174,17 @@ def refuse_slower_plan(
     return check_not_slower(source, narrow, target, batch=batch, threads=threads)
 
 
+def check_runs(source: Source, target: str = "onnx-cpu") -> None:
+    """Find out before anything is trained whether a network can be timed.
+
+    Raises:
+        ConfigError: the target is unknown.
+        ExportError: the runtime is not installed, or cannot express the network.
+    """
+    _check_target(target)
+    _session(source, 1)
+
+
 def check_not_slower(
     dense: Source, narrow: Source, target: str = "onnx-cpu", *, batch: int = 1, threads: int = 1
 ) -> tuple[float, float]:
@@ -180,7 +193,7 @@ def check_not_slower(
     slow = ratio(times["narrow"], times["dense"])
     if slow > NOISE:
         raise ExportError(
-            f"On {target} the narrowed network takes {times['narrow'].p50:.3f} ms, {slow:.2f} times the "
+            f"On {target} {SLOWER} {times['narrow'].p50:.3f} ms, {slow:.2f} times the "
             f"{times['dense'].p50:.3f} ms of the dense one (batch {batch}, {threads} thread(s)).",
             remedy="Choose other widths: weightfold tune finds those that the kernels like; give them with --tuned.",
         )

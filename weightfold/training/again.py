@@ -27,6 +27,7 @@ from weightfold.training import folder as files
 from weightfold.training.config import TrainConfig
 from weightfold.training.finish import tensor_digests
 from weightfold.training.run import Progress, train
+from weightfold.training.speed import lost_races
 
 AT_ONCE = ("fold", "lump")
 """Runs that compress a trained network at once."""
@@ -113,6 +114,8 @@ def train_again(
         forced = None if learns else Replay(history, ledger.get_blob)
         losses = ledger.metrics("folded/loss")
     config = _config(run, threads, device, maker)
+    if not learns or not lost_races(history.entries):  # else a clock would decide what is settled already
+        config = config.model_copy(update={"race": None})
     again = train(config, out, force=force, progress=progress, forced=forced)
     with Ledger.open(out / files.LEDGER, readonly=True) as ledger:
         other, other_losses = read(ledger), ledger.metrics("folded/loss")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from weightfold.bench.tune import check_not_slower
+from weightfold.bench.tune import SLOWER, check_not_slower, check_runs
 from weightfold.errors import ExportError
 from weightfold.export.source import Source
+from weightfold.ledger import Entry
 from weightfold.quant.attached import plain_copy
 from weightfold.training.config import Race
 
@@ -25,12 +27,17 @@ class NotSlower:
 
     Attributes:
         times: milliseconds of the dense and of the present network when it last passed.
+
+    Raises:
+        ConfigError: the runtime is unknown.
+        ExportError: it is not installed, or cannot express the dense network.
     """
 
     def __init__(self, dense: Source, race: Race) -> None:
         self.race = race
         self.dense = replace(dense, model=_plain(dense.model))
         self.times: tuple[float, float] | None = None
+        check_runs(self.dense, race.target)
 
     def __call__(self, model: nn.Module) -> str:
         """Time both, in turns.
@@ -48,6 +55,11 @@ class NotSlower:
         finally:
             torch.set_num_threads(threads)
         return ""
+
+
+def lost_races(entries: Iterable[Entry]) -> bool:
+    """Whether an edit of a run was refused because the network would have been slower."""
+    return any(SLOWER in str(entry.body) for entry in entries if entry.kind in ("edit", "refusal", "rollback"))
 
 
 def _plain(model: nn.Module) -> nn.Module:
