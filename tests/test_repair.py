@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from weightfold.errors import DataError
@@ -73,6 +75,25 @@ def test_batch_norms_are_measured_anew_and_nothing_else_changes() -> None:
     assert net[1].momentum == 0.1
     assert not net[1].training
     assert recalibrate_(nn.Linear(3, 3), batches) == 0
+
+
+def test_a_batch_norm_of_many_processes_is_measured_in_one_alone(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4))
+    batch = torch.randn(64, 3)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        assert recalibrate_(net, [batch]) == 1
+    finally:
+        dist.destroy_process_group()
+    assert torch.allclose(net[1].running_mean, net[0](batch).mean(0), atol=1e-5)
+    assert type(net[1]) is nn.SyncBatchNorm
+
+
+def test_batch_norms_are_as_they_were_where_a_batch_does_not_fit() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    with pytest.raises(RuntimeError):
+        recalibrate_(net, [torch.zeros(2, 5)])
+    assert (net[1].momentum, net[1].training) == (0.1, False)
 
 
 def test_jittered_inputs_begin_with_those_given() -> None:

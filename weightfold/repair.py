@@ -225,6 +225,8 @@ def jittered(x: Tensor, n: int, generator: torch.Generator, size: float = 0.1) -
 def recalibrate_(model: nn.Module, batches: Sequence[Any]) -> int:
     """Measure the running statistics of all batch norms anew, in place; how many there are.
 
+    A SyncBatchNorm takes those of this process alone: the others need not call this, and are not waited for.
+
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2))
         >>> recalibrate_(net, [torch.tensor([[1.0, 2.0], [3.0, 2.0]])]), net[0].running_mean
@@ -233,14 +235,26 @@ def recalibrate_(model: nn.Module, batches: Sequence[Any]) -> int:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms or not batches:
         return 0
-    kept = [(m.momentum, m.training) for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for batch in batches:
-        call(model, batch)
-    for norm, (momentum, training) in zip(norms, kept, strict=True):
-        norm.momentum = momentum
-        norm.train(training)
+    kept = [(m.momentum, m.training, m.__class__) for m in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+            if isinstance(norm, nn.SyncBatchNorm):
+                norm.__class__ = _AnyBatchNorm  # pyright: ignore
+        for batch in batches:
+            call(model, batch)
+    finally:
+        for norm, (momentum, training, kind) in zip(norms, kept, strict=True):
+            norm.__class__ = kind
+            norm.momentum = momentum
+            norm.train(training)
     return len(norms)
+
+
+class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm of one process, for inputs of any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        del input

@@ -312,6 +312,24 @@ def test_the_front_holds_networks_none_of_which_beats_another(tmp_path: Path) ->
         assert sum(losses) / 3 == pytest.approx(point.loss, abs=0.1)
 
 
+@pytest.mark.parametrize("settings", [{"pareto": 2}, {"guard": 0.5}, {"max_accuracy_loss": 1.0}])
+def test_what_is_measured_on_a_probe_needs_one(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} needs a probe"):
+        compressor(perceptron(), method(**settings), probe=()).prepare()
+
+
+def test_a_state_from_before_networks_were_kept_is_taken_up() -> None:
+    c = compressor(perceptron(), method())
+    c.prepare(optimizer := adam(c.model))
+    train(c, optimizer, range(STEPS // 2))
+    state = c.state_dict()
+    del state["methods"][0]["front"]
+    again = compressor(perceptron(), method())
+    again.prepare(adam(again.model))
+    again.load_state_dict(state)
+    assert again.methods[0].front == []
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     files = []
     for k in range(2):

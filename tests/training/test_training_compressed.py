@@ -198,5 +198,10 @@ def test_the_front_is_written_as_files_that_score_what_is_said(tmp_path: Path) -
         assert path.stat().st_size == row["bytes"]
         score = evaluate(load(path), load_data("digits", limit=160), "test", torch.device("cpu"))
         assert (score.value, pytest.approx(score.loss)) == (row["score"], row["loss"])
+    file = tmp_path / "run" / arm["front"][0]["file"]
+    held = file.read_bytes()
+    file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"front-1\.wfp"):
+        verify_folder(tmp_path / "run")
     train(TrainConfig(**{**COMPRESSED, "epochs": 1, "method": "fold", "target": None}), tmp_path / "run", force=True)
     assert not list((tmp_path / "run").glob("front-*.wfp")), "files of an earlier run"

@@ -43,7 +43,7 @@ from weightfold.graph.group import ChannelGroup
 from weightfold.methods.base import Method, Moment, Proposal, check_liked
 from weightfold.quant.activations import Activations
 from weightfold.quant.activations import Grid as InputGrid
-from weightfold.quant.budget import Budget, Caution, Ramp, course, expected_accuracy, target_bytes
+from weightfold.quant.budget import Budget, Caution, Ramp, expected_accuracy, schedule, target_bytes
 from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
 from weightfold.quant.dead import Dead, dead_channels, evenly, first_of_blocks, observe_spans
 from weightfold.quant.fake import start, step_index
@@ -149,7 +149,7 @@ class SelfCompress(Method):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._learner: Learner | None = None
         self._activations: Activations | None = None
-        self._at, self._reach = course(self.config.at, self.config.reach)
+        self._at, self._reach = schedule(self.config.at, self.config.reach)
         self._aim: Ramp | Budget | Caution = Ramp(self.config.strength, self._at, self._reach)
         self._stuck: dict[str, Tensor] = {}
         self._dwelt: dict[str, Tensor] = {}
@@ -179,15 +179,16 @@ class SelfCompress(Method):
             raise ConfigError(
                 "Self-compression learns in training, and cannot be done at once.", remedy="Pass total_steps."
             )
+        measured = {"max_accuracy_loss": config.max_accuracy_loss, "pareto": config.pareto, "guard": config.guard}
+        if not moment.probe and (name := next((name for name, value in measured.items() if value), None)):
+            raise ConfigError(f"{name} needs a probe to measure by.", remedy="Pass probe= and loss=.")
         if config.max_accuracy_loss is not None:
-            if not moment.probe:
-                raise ConfigError("max_accuracy_loss needs a probe to measure by.", remedy="Pass probe= and loss=.")
             expected_accuracy(moment.model, moment.probe, moment.autocast)
             self._aim = Caution(config.max_accuracy_loss)
         if config.target is not None:
             full = file_bytes(unique_state(moment.model))
             target = target_bytes(config.target, full)
-            self._at, self._reach = course(config.at, config.reach, target / full)
+            self._at, self._reach = schedule(config.at, config.reach, target / full)
             least = self._least_bytes(moment)
             if target < least:
                 raise ConfigError(
@@ -561,7 +562,7 @@ class SelfCompress(Method):
         self._activations = self._new_activations(moment)
         if self._activations is not None:
             self._activations.load_state(state["activations"])
-        self._front.load_state(state["front"], moment.model)
+        self._front.load_state(state.get("front", ()), moment.model)
 
 
 def _mean_bits(bits_R: Any) -> float:

@@ -53,16 +53,16 @@ SPAN = 0.3
 """Share of the run from the beginning until the target is met."""
 
 
-def course(at: float | None, reach: float | None, target: float | None = None) -> tuple[float, float]:
+def schedule(at: float | None, reach: float | None, target: float | None = None) -> tuple[float, float]:
     """When to begin and when to be done, as shares of a run, where that is left open.
 
-    A file of less than a hundredth is found by networks that grow up under pressure; one of some per cent by networks that
-    have grown first, for weights still grow early on, and grids made for small ones are too fine for them later.
+    A file of less than a hundredth is found by networks that grow up under pressure; one of some per cent by networks
+    that have grown first, for weights still grow early on, and grids made for small ones are too fine for them later.
 
     Args:
         target: share of the float file; None without a target.
     Example:
-        >>> course(None, None), course(None, None, 0.1), course(None, None, 0.0283), course(0.2, 0.9, 0.1)
+        >>> schedule(None, None), schedule(None, None, 0.1), schedule(None, None, 0.0283), schedule(0.2, 0.9, 0.1)
         ((0.1, 0.4), (0.4, 0.7), (0.25, 0.55), (0.2, 0.9))
     """
     if at is None:

@@ -1,4 +1,4 @@
-"""The networks that a run has passed through, of which none is both smaller and better than another."""
+"""The Pareto front of a run: networks that it passed through, none of which is both smaller and better than another."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FRONT = tuple(f"front-{k}.wfp" for k in range(1, 17))
 REPORT = "report.html"
 CHECKPOINT = "checkpoint.safetensors"
 OURS = (RUN, LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", MODEL, PACKED, DENSE, STRUCTURE, REPORT, CHECKPOINT, *FRONT)
-HASHED = (LEDGER, MODEL, PACKED, DENSE, STRUCTURE)
+HASHED = (LEDGER, MODEL, PACKED, DENSE, STRUCTURE, *FRONT)
 FORMAT = 1
 
 
