@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,47 @@ def test_a_harmless_cut_is_kept() -> None:
     assert (event.step, event.group, event.reason, event.predicted) == (4, "one", "accepted", 0.5)
     assert event.measured == pytest.approx(0.0, abs=1e-6)
     assert model.one.out_channels == model.two.in_channels == model.norm.num_features == 4
+
+
+def test_a_check_sees_what_the_gate_lets_pass_and_has_the_last_word() -> None:
+    seen: list[int] = []
+
+    def at_least_five(model: nn.Module) -> str:
+        seen.append(model.one.out_channels)
+        return "" if seen[-1] >= 5 else "too narrow for this"
+
+    model = net()
+    [event] = run(model, Cut(keep=4), check=at_least_five).events
+    assert (event.accepted, event.channels_after) == (True, 6)
+    assert (seen, model.one.out_channels) == ([4, 6], 6)
+    seen.clear()
+    run(model := net(), Cut(keep=1), check=at_least_five)
+    assert seen == [5], "the gate refuses one channel without asking"
+
+
+@pytest.mark.parametrize("settings", [{}, {"probe": (), "loss": None}])
+def test_what_a_check_refuses_is_as_it_was_and_its_time_counts(settings: dict[str, Any]) -> None:
+    def never(_: nn.Module) -> str:
+        time.sleep(0.05)
+        return "never"
+
+    model = net()
+    compressor = run(model, Cut(keep=7), n=4, check=never, **settings)
+    [event] = compressor.events
+    assert (event.accepted, event.reason) == (False, "never")
+    assert model.one.out_channels == 8
+    assert torch.equal(model.one.weight, net().one.weight)
+    assert compressor.seconds["gate"] >= 0.05
+
+
+def test_a_check_that_fails_leaves_the_network_as_it_was() -> None:
+    def fails(_: nn.Module) -> str:
+        raise OSError("disk full")
+
+    model = net()
+    with pytest.raises(OSError, match="disk full"):
+        run(model, Cut(keep=4), check=fails)
+    assert model.one.out_channels == model.norm.num_features == 8
 
 
 def test_a_harmful_cut_is_halved_until_it_fits(tmp_path: Path) -> None:

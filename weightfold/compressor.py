@@ -447,7 +447,7 @@ class Compressor:
                         graph, undo = self._hands.attempt(edit, graph)
                         done.append(Trial(proposal, edit, graph, undo))
             reading = compare(before, self._losses()) if before else None
-            reason = self._too_much(reading) or (self.check(self.model) if self.check else "")
+            reason = self._too_much(reading) or self._checked()
         except EditError as error:
             self._hands.restore([trial.undo for trial in done])
             return None, [], error.message
@@ -458,6 +458,13 @@ class Compressor:
             self._hands.restore([trial.undo for trial in done])
             return reading, [], reason
         return reading, done, ""
+
+    def _checked(self) -> str:
+        """Why `check` says no; empty where it does not."""
+        if self.check is None:
+            return ""
+        with self._timed("gate"):
+            return self.check(self.model)
 
     def _too_much(self, reading: Reading | None) -> str:
         """Why the gate says no; empty where it does not."""
