@@ -6,8 +6,8 @@ Each network is trained (or taken trained), folded to widths that convolution ke
 self-compression, which leaves whole numbers of few bits; the dense one is trained on for as many steps. Both are
 written as ONNX, the dense one also by ONNX Runtime's own static 8-bit quantisation, calibrated on the same inputs,
 with signed and unsigned activations: the quicker one counts. All files are then timed in turns on one thread, warm,
-in one process. A network without training data here (`bert`, `resnet9`) has random weights: its times count,
-its accuracy is null. Trainings are short, for a shared machine; what they reach is stated with each row.
+in one process. A network without training data here (`bert`) has random weights: its times count, its
+accuracy is null. Trainings are short, for a shared machine; what they reach is stated with each row.
 
     rows    model, target, batch, dense_ms, compressed_ms, ort_int8_ms, bytes, fp32_bytes, accuracy_delta
 
@@ -107,7 +107,7 @@ PLANS = {
         "digits", None, 16, 16, lr=1e-3, fold={"keep": 0.25, "align": 16, "groups": "*fc1*"}, most_steps=320
     ),
     "char-gpt": Plan("text/tinyshakespeare.txt", None, 1, 1, fold={"keep": 0.25, "groups": "*fc1*"}, most_steps=60),
-    "resnet9": Plan(None, fold={"keep": 0.375, "align": 16}),
+    "resnet9": Plan("cifar10-jpeg-train.parquet", 20000, 2, 2, fold={"keep": 0.5, "align": 16}, most_steps=400),
     "bert": Plan(None, fold={"keep": 0.25, "align": 64, "groups": "*intermediate*"}, rounds={64: 2}),
 }
 
