@@ -25,22 +25,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from weightfold.artifact.coded import CodedTensor
-from weightfold.artifact.format import Builder, Structure, differences
 from weightfold.artifact.matrix import coded_bits
-from weightfold.artifact.packed import promised_bytes
-from weightfold.artifact.packed_header import expected_attributes, in_order
 from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError
 from weightfold.gate import losses
 from weightfold.graph.edit import Edit, remove
 from weightfold.graph.group import ChannelGroup
 from weightfold.methods.base import Method, Moment, Proposal, check_liked
+from weightfold.quant.account import Account
 from weightfold.quant.activations import Activations
 from weightfold.quant.activations import Grid as InputGrid
 from weightfold.quant.budget import Budget, Caution, Ramp, expected_accuracy, schedule, target_bytes
@@ -145,8 +141,7 @@ class SelfCompress(Method):
         self.refused: dict[str, str] = {}
         self._front = Front(self.config.pareto)
         self._names: list[str] = []
-        self._class = ""
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._account = Account("", {})
         self._learner: Learner | None = None
         self._activations: Activations | None = None
         self._at, self._reach = schedule(self.config.at, self.config.reach)
@@ -170,8 +165,7 @@ class SelfCompress(Method):
         config = self.config
         check_liked(moment.graph, config.liked or ())
         self._names, self.refused = quantisable(moment.model, config.tensors)
-        self._class = type(moment.model).__name__
-        self._shapes = {n: tuple(v.shape) for n, v in unique_state(moment.model).items()}
+        self._account = Account.of(moment.model)
         if not self._names:
             why = "; ".join(f"'{n}': {r}" for n, r in list(self.refused.items())[:3])
             raise ConfigError(f"No parameter can be compressed{': ' + why if why else ''}.")
@@ -189,36 +183,14 @@ class SelfCompress(Method):
             full = file_bytes(unique_state(moment.model))
             target = target_bytes(config.target, full)
             self._at, self._reach = schedule(config.at, config.reach, target / full)
-            least = self._least_bytes(moment)
+            graph = moment.graph if config.remove else None
+            least = self._account.least_bytes(moment.model, self._names, config.bias_bits, graph)
             if target < least:
                 raise ConfigError(
                     f"A file of {target:,} bytes is not possible: without any weight it still takes {least:,.0f}.",
                     remedy="Ask for more, or make the network itself smaller.",
                 )
             self._aim = Budget(target, self._at, self._reach)
-
-    def _least_bytes(self, moment: Moment) -> float:
-        """The file without any weight: header, biases, norms and buffers, of one channel where channels can be cut."""
-        model, named = moment.model, dict(moment.model.named_parameters())
-        cut = [g for g in moment.graph if self.config.remove and "remove" in g.admits and g.kind == "channels"]
-        short = {a.tensor for g in cut for a in g.axes if len(moment.graph.shapes[a.tensor]) == 1}
-        nothing = {n: (torch.zeros(len(named[n])), torch.full((len(named[n]),), 2.0)) for n in self._names}
-        tensors = coded_model(model, nothing, self.config.bias_bits)
-        coded = dict(tensors.coded)
-        for name in self._names:
-            coded[name] = CodedTensor(np.zeros_like(coded[name].codes), coded[name].steps)
-        coded |= {n: CodedTensor(t.codes[:1], t.steps[:1]) for n, t in coded.items() if n in short}
-        plain = {n: array[:1] if n in short else array for n, array in tensors.plain.items()}
-        return self._promised(replace(tensors, coded=coded, plain=plain))
-
-    def _promised(self, tensors: CodedModel) -> float:
-        """Bytes of the file that holds these tensors, header included."""
-        now = {name: tensor.shape for name, tensor in (*tensors.coded.items(), *tensors.plain.items())}
-        sizes = differences(self._shapes, now, {})
-        builder = Builder(kind="instance", name=self._class)
-        follow = tuple(expected_attributes({name: sizes[name] for name in in_order(sizes)}))
-        structure = Structure(builder=builder, sizes=sizes, attributes=follow, ledger_head="0" * 64, fingerprint="")
-        return promised_bytes(structure, tensors.coded, tensors.plain)
 
     # in training ----------------------------------------------------------------------------------------------------
 
@@ -345,7 +317,7 @@ class SelfCompress(Method):
                 "of": tensor.codes.size,
                 "bytes": taken / 8,
             }
-        self._ratio, self._size = exact / max(estimate, 1.0), self._promised(model)
+        self._ratio, self._size = exact / max(estimate, 1.0), self._account.promised_bytes(model)
         self._rest = self._size - exact / 8
         record = {"step": moment.step, "bytes": self._size, "price": self.price, "tensors": tensors}
         if self._activations is not None:
@@ -488,7 +460,7 @@ class SelfCompress(Method):
         self.result.load_into(moment.model)
         n_live, n_all = self.result.n_weights()
         coded = self.result.coded
-        self._size = self._promised(self.result)
+        self._size = self._account.promised_bytes(self.result)
         body = {
             "step": moment.step,
             "weights": [n_live, n_all],
@@ -511,7 +483,7 @@ class SelfCompress(Method):
             return model
         price = {n: q.price for n, q in learner.quantisers.items()}
         for _ in range(MAX_TRIMS):
-            excess = 8 * (self._promised(model) - self._aim.target)
+            excess = 8 * (self._account.promised_bytes(model) - self._aim.target)
             if excess <= 0:
                 break
             coded = {n: model.coded[n] for n in self._names}
