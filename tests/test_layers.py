@@ -62,7 +62,8 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
     {
         "history": (),
         "surgeon": ("history",),
-        "compressor": ("history", "surgeon"),
+        "engine": ("history", "surgeon"),
+        "compressor": ("engine", "history", "surgeon"),
         "replay": ("compressor",),
         "runtime": (),
         "export": ("runtime",),

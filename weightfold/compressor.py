@@ -17,28 +17,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from weightfold.engine.book import Book
+from weightfold.engine.checks import check_finite
+from weightfold.engine.clock import Clock
+from weightfold.engine.trials import Gate, Trials
 from weightfold.errors import ConfigError, EditError, WeightfoldError
-from weightfold.fingerprint import digest, fingerprint
-from weightfold.gate import Batch, Loss, Reading, check_enough, check_probe, compare, losses
+from weightfold.fingerprint import fingerprint
+from weightfold.gate import Batch, Loss, check_enough, check_probe, compare
 from weightfold.graph import optim
-from weightfold.graph.apply import Companion, find_tensor
+from weightfold.graph.apply import Companion
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import Example, trace
-from weightfold.history import Event, attempt_record, in_words, network_record, undo_bytes
+from weightfold.history import Event, in_words, network_record
 from weightfold.ledger import Ledger
 from weightfold.methods.base import Method, Moment, Proposal, Refused
 from weightfold.ranks import Ranks, check_whole, rewrapped, uncompiled, unwrapped
-from weightfold.size import macs, parameters
-from weightfold.surgeon import Surgeon, Trial, check_finite, check_shapes, fits
+from weightfold.size import parameters
+from weightfold.surgeon import Surgeon, check_shapes, fits
 from weightfold.watching import Updates, Watch, Watcher
 
 
@@ -102,7 +105,7 @@ class Compressor:
         self.generator = torch.Generator().manual_seed(seed)
         self.events: list[Event] = []
         self.frozen: set[str] = set()
-        self._seconds = {"prepare": 0.0, "planning": 0.0, "surgery": 0.0, "gate": 0.0}
+        self._clock = Clock()
         self._ranks = Ranks.of(model) if ranks is None else ranks
         self._step = 0
         self._surgeon: Surgeon | None = None
@@ -124,15 +127,7 @@ class Compressor:
     @property
     def seconds(self) -> dict[str, float]:
         """What all of this has cost so far: "prepare", "statistics", "planning", "surgery", "gate"."""
-        return {**self._seconds, "statistics": self._watcher.spent}
-
-    @contextmanager
-    def _timed(self, what: Literal["prepare", "planning", "surgery", "gate"]) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[what] += time.perf_counter() - start
+        return {**self._clock.seconds, "statistics": self._watcher.spent}
 
     # before the first batch -----------------------------------------------------------------------------------------
 
@@ -151,7 +146,7 @@ class Compressor:
             TraceError: a forward that fails on the example or branches on data.
             DataError: probe batches that the model does not take, or that are all of one class.
         """
-        with self._timed("prepare"), uncompiled(self.network):
+        with self._clock.on("prepare"), uncompiled(self.network):
             if self._surgeon is None:
                 self._surgeon = self._first_look(() if optimizer is None else _as_tuple(optimizer), averaged)
             else:
@@ -343,7 +338,7 @@ class Compressor:
                 check_shapes(self.model, self.graph)
                 if self.total_steps:
                     self._fill_statistics(method)
-                with self._timed("planning"):
+                with self._clock.on("planning"):
                     proposals = method.step(self._moment())
                 if proposals:
                     self._check_still_ours()
@@ -379,18 +374,10 @@ class Compressor:
         self._updates.check()
         check_enough(self.probe, self._watcher.batch_size)
 
-    def _losses(self) -> list[float]:
-        assert self.loss is not None
-        with self._timed("gate"):
-            return losses(self.model, self.probe, self.loss, self._watcher.autocast)
-
     def _try_all(self, method: Method, proposals: Sequence[Proposal]) -> list[Event]:
-        """All groups at once under one measurement; one by one if that is too much."""
+        """Try what a method proposes, and watch what stays where the method asks for it."""
         n_before = len(self._hands.applied)
-        before = self._losses() if self.probe and proposals else []
-        events = self._together(method, proposals, before) if len(proposals) > 1 and before else []
-        if not events:
-            events = [self._alone(method, proposal) for proposal in proposals]
+        events, before = Trials(self._hands, self._gate, self._book, self._step).run(method.name, proposals)
         n_edits, steps = len(self._hands.applied) - n_before, method.watch(self.total_steps)
         if n_edits:
             self._hands.forget(n_edits)
@@ -398,106 +385,16 @@ class Compressor:
             self._watch = Watch(self._step + steps, tuple(before), n_edits)
         return events
 
-    def _together(self, method: Method, proposals: Sequence[Proposal], before: list[float]) -> list[Event]:
-        """Apply every proposal and measure once; nothing where the gate says no."""
-        started = time.perf_counter()
-        reading, done, reason = self._attempt(proposals, before)
-        groups = [p.edit.group for p in proposals]
-        if reason:
-            if reading is not None:
-                body = {"method": method.name, "step": self._step, "groups": groups}
-                self._record("refusal", {**body, "why": reason})
-            return []
-        seconds = (time.perf_counter() - started) / len(proposals)
-        for trial in done:
-            others = [name for name in groups if name != trial.proposal.edit.group]
-            self._keep(method, trial, [attempt_record(trial.proposal, reading, "", others)], seconds)
-        return [Event.of(self._step, proposal, reading, "", seconds) for proposal in proposals]
+    @property
+    def _gate(self) -> Gate:
+        return Gate(self.probe, self.loss, self.max_increase, self.check, self._watcher.autocast, self._clock)
 
-    def _alone(self, method: Method, proposal: Proposal) -> Event:
-        """Apply, measure, and keep, halve or take back."""
-        started = time.perf_counter()
-        before = self._losses() if self.probe else []
-        attempts: list[dict[str, Any]] = []
-        current: Proposal | None = proposal
-        reading: Reading | None = None
-        while current is not None:
-            reading, done, reason = self._attempt([current], before)
-            attempts.append(attempt_record(current, reading, reason))
-            if reason == "":
-                for trial in done:
-                    self._keep(method, trial, attempts, time.perf_counter() - started)
-                return Event.of(self._step, current, reading, "", time.perf_counter() - started)
-            current = current.less()
-        self._record(
-            "rollback",
-            {"method": method.name, "step": self._step, "group": proposal.edit.group, "attempts": attempts},
-            {"seconds": time.perf_counter() - started},
-        )
-        return Event.of(self._step, proposal, reading, attempts[-1]["reason"], time.perf_counter() - started)
-
-    def _attempt(self, proposals: Sequence[Proposal], before: list[float]) -> tuple[Reading | None, list[Trial], str]:
-        """Apply proposals and measure; everything is as it was where the reason is not empty."""
-        done: list[Trial] = []
-        graph = self.graph
-        try:
-            with self._timed("surgery"):
-                for proposal in proposals:
-                    for edit in proposal.edits:
-                        graph, undo = self._hands.attempt(edit, graph)
-                        done.append(Trial(proposal, edit, graph, undo))
-            reading = compare(before, self._losses()) if before else None
-            reason = self._too_much(reading) or self._checked()
-        except EditError as error:
-            self._hands.restore([trial.undo for trial in done])
-            return None, [], error.message
-        except BaseException:
-            self._hands.restore([trial.undo for trial in done])
-            raise
-        if reason:
-            self._hands.restore([trial.undo for trial in done])
-            return reading, [], reason
-        return reading, done, ""
-
-    def _checked(self) -> str:
-        """Why `check` says no; empty where it does not."""
-        if self.check is None:
-            return ""
-        with self._timed("gate"):
-            return self.check(self.model)
-
-    def _too_much(self, reading: Reading | None) -> str:
-        """Why the gate says no; empty where it does not."""
-        if reading is None or (reading.upper <= self.max_increase and math.isfinite(reading.upper)):
-            return ""
-        return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
-
-    def _keep(self, method: Method, trial: Trial, attempts: list[dict[str, Any]], seconds: float) -> None:
-        """Take an accepted edit into the record."""
-        proposal, edit, undo = trial.proposal, trial.edit, trial.undo
-        group = self.graph[edit.group]
-        what = self._hands.origin.members(group, edit)
-        self._hands.keep(edit, trial.graph, undo)
-        if self.ledger is None:
-            return
-        blob = self.ledger.put_blob(undo_bytes(undo, self.graph.followers)) if self.keep_undo else None
-        names = list(dict.fromkeys(a.tensor for a in group.axes if a.tensor not in self.graph.followers))
-        rates = [g["lr"] for o in self._hands.optimizers for g in o.param_groups if isinstance(g["lr"], float)]
-        body = {
-            "method": method.name,
-            "step": self._step,
-            "what": {**what, "edit": edit.to_record(self.ledger.put_blob)},
-            "why": proposal.why,
-            "price": {"predicted": proposal.predicted, "attempts": attempts, "probe_batches": len(self.probe)},
-            "gain": {"parameters": parameters(self.model), "macs": macs(self.model, self.example)},
-            "proof": {"weights": digest({n: find_tensor(self.model, n)[2] for n in names}), "undo": blob},
-            "reset": sorted(undo.reset),
-        }
-        self._record("edit", body, {"seconds": seconds, "learning_rates": rates})
+    @property
+    def _book(self) -> Book:
+        return Book(self.ledger if self._ranks.leads else None, self.keep_undo, self.example, len(self.probe))
 
     def _record(self, kind: str, body: Mapping[str, Any], aside: Mapping[str, Any] | None = None) -> None:
-        if self.ledger is not None and self._ranks.leads:
-            self.ledger.append(kind, dict(body), aside=dict(aside or {}))
+        self._book.record(kind, body, aside)
 
     # looking back ---------------------------------------------------------------------------------------------------
 
@@ -515,7 +412,7 @@ class Compressor:
                 f"The latest {n_edits} edits cannot be unfolded: what they replaced is not held any more.",
                 remedy="Undo them on the saved model, from the ledger.",
             )
-        with self._timed("surgery"):
+        with self._clock.on("surgery"):
             undone = self._hands.unfold(n_edits)
         self._watch = None
         self._wrap_anew()
@@ -528,7 +425,7 @@ class Compressor:
         if watch is None or (self._step < watch.due and not last):
             return []
         self._watch = None
-        reading = compare(watch.before, self._losses())
+        reading = compare(watch.before, self._gate.losses(self.model))
         back = reading.lower <= 0
         groups = [applied.edit.group for applied in self._hands.applied[-watch.n_edits :]]
         body = {"step": self._step, "groups": groups, "before": reading.before, "after": reading.after}
@@ -538,7 +435,7 @@ class Compressor:
             self._hands.forget(1)
             return []
         started = time.perf_counter()
-        with self._timed("surgery"):
+        with self._clock.on("surgery"):
             undone = self._hands.unfold(watch.n_edits)
         self.frozen.update(groups)
         seconds = (time.perf_counter() - started) / len(undone)

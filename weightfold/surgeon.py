@@ -41,11 +41,12 @@ class Applied:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """An edit of a proposal that was applied and is not yet kept."""
+    """An edit of a proposal that was applied and is not yet kept; the graphs before and after it."""
 
     proposal: Proposal
     edit: Edit
-    graph: ChannelGraph
+    before: ChannelGraph
+    after: ChannelGraph
     undo: Undo
 
 
@@ -264,18 +265,4 @@ def check_shapes(model: nn.Module, graph: ChannelGraph, remedy: str = CHANGED) -
             raise EditError(
                 f"'{name}' has shape {found}; the graph expects {tuple(expected)}.",
                 remedy=remedy,
-            )
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse weights that nothing can be learned from.
-
-    Raises:
-        EditError: names the tensor.
-    """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise EditError(
-                f"'{name}' holds values that are not finite.",
-                remedy="Start from weights of a run that did not diverge.",
             )

@@ -1,0 +1,149 @@
+"""Edits on trial: applied, measured on the probe, and kept, made smaller or taken back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from weightfold.engine.book import Book
+from weightfold.engine.clock import Clock
+from weightfold.errors import EditError
+from weightfold.gate import Batch, Loss, Reading, compare, losses
+from weightfold.history import Event, attempt_record
+from weightfold.methods.base import Proposal
+from weightfold.surgeon import Surgeon, Trial
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """What an edit has to pass.
+
+    Args:
+        probe: fixed batches (inputs, targets); without them nothing is measured.
+        loss: what is measured on them.
+        max_increase: how much one event may raise the probe loss (its upper 95 % bound).
+        check: looks at the network after edits that the probe lets pass, and says why it may not be so.
+        autocast: the mixed precision that training uses.
+    """
+
+    probe: Sequence[Batch]
+    loss: Loss | None
+    max_increase: float
+    check: Callable[[nn.Module], str] | None
+    autocast: Callable[[], AbstractContextManager[Any]]
+    clock: Clock
+
+    def losses(self, model: nn.Module) -> list[float]:
+        """The loss on every batch of the probe."""
+        assert self.loss is not None
+        with self.clock.on("gate"):
+            return losses(model, self.probe, self.loss, self.autocast)
+
+    def refusal(self, model: nn.Module, reading: Reading | None) -> str:
+        """Why the network may not be as it is now; empty where it may."""
+        if reading is not None and not (reading.upper <= self.max_increase and math.isfinite(reading.upper)):
+            return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
+        if self.check is None:
+            return ""
+        with self.clock.on("gate"):
+            return self.check(model)
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """The trials of one step.
+
+    Args:
+        step: optimiser steps done so far.
+    """
+
+    hands: Surgeon
+    gate: Gate
+    book: Book
+    step: int
+
+    def run(self, method: str, proposals: Sequence[Proposal]) -> tuple[list[Event], list[float]]:
+        """All groups at once under one measurement; one by one if that is too much.
+
+        Returns:
+            The events, and the probe's losses before any of them.
+        """
+        before = self._losses() if proposals else []
+        events = self._together(method, proposals, before) if len(proposals) > 1 and before else []
+        return events or [self._alone(method, proposal) for proposal in proposals], before
+
+    def _losses(self) -> list[float]:
+        return self.gate.losses(self.hands.model) if self.gate.probe else []
+
+    def _together(self, method: str, proposals: Sequence[Proposal], before: list[float]) -> list[Event]:
+        """Apply every proposal and measure once; nothing where the gate says no."""
+        started = time.perf_counter()
+        reading, done, reason = self._attempt(proposals, before)
+        groups = [p.edit.group for p in proposals]
+        if reason:
+            if reading is not None:
+                self.book.record("refusal", {"method": method, "step": self.step, "groups": groups, "why": reason})
+            return []
+        seconds = (time.perf_counter() - started) / len(proposals)
+        for trial in done:
+            others = [name for name in groups if name != trial.proposal.edit.group]
+            self._keep(method, trial, [attempt_record(trial.proposal, reading, "", others)], seconds)
+        return [Event.of(self.step, proposal, reading, "", seconds) for proposal in proposals]
+
+    def _alone(self, method: str, proposal: Proposal) -> Event:
+        """Apply, measure, and keep, halve or take back."""
+        started = time.perf_counter()
+        before = self._losses()
+        attempts: list[dict[str, Any]] = []
+        current: Proposal | None = proposal
+        reading: Reading | None = None
+        while current is not None:
+            reading, done, reason = self._attempt([current], before)
+            attempts.append(attempt_record(current, reading, reason))
+            if reason == "":
+                for trial in done:
+                    self._keep(method, trial, attempts, time.perf_counter() - started)
+                return Event.of(self.step, current, reading, "", time.perf_counter() - started)
+            current = current.less()
+        self.book.record(
+            "rollback",
+            {"method": method, "step": self.step, "group": proposal.edit.group, "attempts": attempts},
+            {"seconds": time.perf_counter() - started},
+        )
+        return Event.of(self.step, proposal, reading, attempts[-1]["reason"], time.perf_counter() - started)
+
+    def _attempt(self, proposals: Sequence[Proposal], before: list[float]) -> tuple[Reading | None, list[Trial], str]:
+        """Apply proposals and measure; everything is as it was where the reason is not empty."""
+        done: list[Trial] = []
+        graph = self.hands.graph
+        try:
+            with self.gate.clock.on("surgery"):
+                for proposal in proposals:
+                    for edit in proposal.edits:
+                        after, undo = self.hands.attempt(edit, graph)
+                        done.append(Trial(proposal, edit, graph, after, undo))
+                        graph = after
+            reading = compare(before, self._losses()) if before else None
+            reason = self.gate.refusal(self.hands.model, reading)
+        except EditError as error:
+            self.hands.restore([trial.undo for trial in done])
+            return None, [], error.message
+        except BaseException:
+            self.hands.restore([trial.undo for trial in done])
+            raise
+        if reason:
+            self.hands.restore([trial.undo for trial in done])
+            return reading, [], reason
+        return reading, done, ""
+
+    def _keep(self, method: str, trial: Trial, attempts: list[dict[str, Any]], seconds: float) -> None:
+        """Take an accepted edit into the network for good, and into the record."""
+        what = self.hands.origin.members(self.hands.graph[trial.edit.group], trial.edit)
+        self.hands.keep(trial.edit, trial.after, trial.undo)
+        self.book.edit(self.hands, trial, what, attempts, {"method": method, "step": self.step}, seconds)
