@@ -3,10 +3,12 @@
 Intervals run through the traced operators: for every value its range in the first network, [lo, hi], and a bound e on
 the distance of the second network's value. With weights W in the first and W̃ in the second,
 
-    |W x - W̃ x̃| <= |W - W̃| |x| + |W̃| e,    |act(z) - act(z̃)| <= Lip e    (never more than the two ranges allow),
+    |W x - W̃ x̃| <= |W - W̃| |x| + |W̃| e,    |act(z) - act(z̃)| <= Lip e + jumps    (never more than the ranges allow),
 
-and sums, pools, reshapes and batch norms as they are. Ranges widen with depth, so the bound of a deep network is valid
-and loose. Rounding of the float64 arithmetic is not enclosed.
+and sums, pools, reshapes and batch norms as they are. An activation is what its operator computes with its own
+parameters; known of it besides are the points between which it is monotone, its steepest slope, and its jumps. Ranges
+widen with depth, so the bound of a deep network is valid and loose. Rounding of the float64 arithmetic is not enclosed
+(at a jump it may decide the side).
 
 Reference: Gowal et al., arXiv 1810.12715 (interval propagation); Prabhakar, arXiv 2110.03726 (the deviation of a lumped
 network); differs in: the two networks' difference is followed, not their two ranges.
@@ -15,6 +17,7 @@ network); differs in: the two networks' difference is followed, not their two ra
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +33,7 @@ from weightfold.graph.apply import apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.layout import from_front, to_front
-from weightfold.graph.trace import Example, arguments
+from weightfold.graph.trace import Example, arguments, quiet
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,30 +62,87 @@ class Pair:
     second: Tensor
 
 
-MONOTONE: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "relu": (torch.relu, 1.0),
-    "relu_": (torch.relu, 1.0),
-    "tanh": (torch.tanh, 1.0),
-    "sigmoid": (torch.sigmoid, 0.25),
-    "softplus": (F.softplus, 1.0),
-    "elu": (F.elu, 1.0),
-    "selu": (F.selu, 1.7581),
-    "leaky_relu": (F.leaky_relu, 1.0),
-    "leaky_relu_": (F.leaky_relu, 1.0),
-    "hardtanh": (F.hardtanh, 1.0),
-    "relu6": (F.relu6, 1.0),
+@dataclass(frozen=True)
+class Curve:
+    """What is known of an activation besides its values.
+
+    Args:
+        slope: the steepest, by magnitude; infinite where there is none.
+        turns: where it may turn from rising to falling or back. Between two of them it is monotone.
+        jumps: where it is not continuous, and by how much.
+    """
+
+    slope: float
+    turns: tuple[float, ...] = (0.0,)
+    jumps: tuple[tuple[float, float], ...] = ()
+
+
+def _elu(alpha: float, scale: float, input_scale: float) -> Curve:
+    left = abs(alpha * scale * input_scale) if input_scale >= 0 else math.inf
+    return Curve(max(abs(scale), left))
+
+
+def _softplus(beta: float, threshold: float) -> Curve:
+    """It is the identity where beta x exceeds the threshold, with a jump there."""
+    if beta == 0:
+        raise ConfigError("No bound: a softplus with a beta of 0 divides by it.")
+    jump = math.log1p(math.exp(-threshold)) if threshold > -700 else -threshold
+    return Curve(1.0, (), ((threshold / beta, jump / abs(beta)),))
+
+
+def _gelu(approximate: str) -> Curve:
+    return (
+        Curve(1.128904146, (-0.7517915246935645,))
+        if approximate == "none"
+        else Curve(1.12899307, (-0.752461422071016,))
+    )
+
+
+def _rrelu(lower: float, upper: float, training: bool, **_: Any) -> Curve:
+    if training:
+        raise ConfigError("No bound: an rrelu that draws its slopes has none.")
+    return Curve(max(1.0, abs(lower + upper) / 2))
+
+
+def _clamp(**ends: Any) -> Curve:
+    if any(isinstance(end, Tensor | Range | Pair) for end in ends.values()):
+        raise ConfigError("No bound: there is no interval rule for a clamp whose ends are tensors.")
+    return Curve(1.0, ())
+
+
+CURVES: dict[str, Callable[..., Curve]] = {
+    "relu": lambda: Curve(1.0),
+    "relu6": lambda: Curve(1.0),
+    "tanh": lambda: Curve(1.0),
+    "sigmoid": lambda: Curve(0.25),
+    "log_sigmoid": lambda: Curve(1.0),
+    "hardsigmoid": lambda: Curve(1 / 6),
+    "hardswish": lambda: Curve(1.5, (-3.0, -1.5, 3.0)),
+    "silu": lambda: Curve(1.099839321, (-1.2784645427610737,)),
+    "mish": lambda: Curve(1.088498162, (-1.1924312145154954,)),
+    "gelu": _gelu,
+    "selu": lambda: Curve(1.758099341),
+    "elu": _elu,
+    "celu": lambda alpha: Curve(1.0 if alpha > 0 else math.inf),
+    "softplus": _softplus,
+    "leaky_relu": lambda negative_slope: Curve(max(1.0, abs(negative_slope))),
+    "rrelu": _rrelu,
+    "hardtanh": _clamp,
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": _clamp,
+    "threshold": lambda threshold, value: Curve(1.0, (), ((threshold, abs(threshold - value)),)),
+    "softshrink": lambda lambd: Curve(1.0, (-lambd, lambd)),
+    "hardshrink": lambda lambd: Curve(1.0, (0.0,), ((-lambd, abs(lambd)), (lambd, abs(lambd)))),
+    "abs": lambda: Curve(1.0),
+    "neg": lambda: Curve(1.0),
 }
-"""Activations that never fall, with the largest slope."""
-DIPPING: dict[str, tuple[Callable[[Tensor], Tensor], float, float, float]] = {
-    "gelu": (F.gelu, 1.13, -0.752, -0.170),
-    "silu": (F.silu, 1.1, -1.279, -0.279),
-    "silu_": (F.silu, 1.1, -1.279, -0.279),
-    "hardswish": (F.hardswish, 1.5, -1.5, -0.375),
-}
-"""Activations that fall to one dip and rise from there: largest slope, place and depth of the dip, rounded outwards."""
-PASSED = ("dropout", "dropout_", "contiguous", "clone", "alias", "detach", "to", "feature_dropout")
+"""Activations, called with the operator's own arguments. One that turns nowhere may name any turns."""
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+PASSED = ("contiguous", "clone", "alias", "detach", "to", "_to_copy", *DROPOUTS)
 RESHAPES = (
     "view",
+    "_unsafe_view",
     "reshape",
     "flatten",
     "permute",
@@ -116,34 +176,49 @@ def output_bound(first: nn.Module, second: nn.Module, example: Example, box: tup
     """
     if not box[0] <= box[1]:
         raise ConfigError(f"The box {box} is empty.", remedy="Give the smallest number first.")
-    args, kwargs = arguments(example)
-    was = first.training
-    first.eval()
-    try:
-        exported = torch.export.export(first, tuple(args), dict(kwargs), strict=False)
-    except Exception as error:
-        raise ConfigError(f"No bound: the network cannot be exported ({type(error).__name__}).") from error
-    finally:
-        first.train(was)
-    values: dict[str, Any] = {}
-    signature = exported.graph_signature
+    program = _program(first, example)
+    signature = program.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
     mine, other = _tensors(first), _tensors(second)
+    values: dict[str, Any] = {}
     worst = 0.0
-    for node in exported.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in held:
-                values[node.name] = Pair(mine[held[node.name]], other[held[node.name]])
-            else:
-                values[node.name] = _input(node, box)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in held:
+            values[node.name] = Pair(mine[held[node.name]], other[held[node.name]])
+        elif node.op == "placeholder":
+            constant = program.constants.get(lifted.get(node.name, ""))
+            values[node.name] = _input(node, box) if constant is None else constant
         elif node.op == "call_function":
             values[node.name] = _run(node, values)
         elif node.op == "output":
             for leaf in tree_leaves(node.args[0]):
                 found = values.get(getattr(leaf, "name", ""))
-                if isinstance(found, Range):
-                    worst = max(worst, float(found.e.detach().max()))
+                if isinstance(found, Range | Pair):
+                    worst = max(worst, float(_as_range(found).e.detach().max()))
     return worst
+
+
+def _program(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
+    """A network's operators, none of which writes into what another one reads."""
+    args, kwargs = arguments(example)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with quiet():
+            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            return program.run_decompositions({}) if _writes(program) else program
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0][:200]
+        raise ConfigError(f"No bound: the network cannot be exported ({type(error).__name__}: {text}).") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _writes(program: torch.export.ExportedProgram) -> bool:
+    schemas = (getattr(node.target, "_schema", None) for node in program.graph.nodes)
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def lumped_bound(
@@ -222,23 +297,26 @@ def _input(node: Any, box: tuple[float, float]) -> Any:
 
 
 def _run(node: Any, values: Mapping[str, Any]) -> Any:
-    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0].removesuffix("_")
     args = map_arg(node.args, lambda n: values[n.name])
     kwargs = map_arg(dict(node.kwargs), lambda n: values[n.name])
     if name == "getitem":
-        return args[0] if isinstance(args[0], Range) else args[0][args[1]]
-    if not any(isinstance(a, (Range, Pair)) for a in tree_leaves((args, kwargs))):
+        return args[0][args[1]]
+    if not any(isinstance(a, Range | Pair) for a in tree_leaves((args, kwargs))):
         return node.target(*args, **kwargs)
     rule = RULES.get(name)
-    if rule is None or not isinstance(args[0], (Range, list, tuple)):
+    if rule is None or not (name in ARITHMETIC or isinstance(args[0], Range | list | tuple)):
         raise ConfigError(f"No bound: there is no interval rule for the operator '{name}' ('{node.name}').")
-    return rule(node.target, *args, **kwargs)
+    found = rule(node.target, *args, **kwargs)
+    for one in (found,) if isinstance(found, Range) else found:
+        if not all(bool(part.isfinite().all()) for part in (one.lo, one.hi, one.e)):
+            raise ConfigError(f"No bound: what '{node.name}' gives is not bounded on this box.")
+    return found
 
 
-def _affine(
-    x: Range, weight: Pair, bias: Pair | None, push: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-) -> Range:
+def _affine(x: Range, weight: Any, bias: Any, push: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Range:
     """Any operator that is linear in its input and in its weight."""
+    weight, bias = _as_pair(weight), None if bias is None else _as_pair(bias)
     centre, radius = (x.lo + x.hi) / 2, (x.hi - x.lo) / 2
     middle = push(centre, weight.first, None if bias is None else bias.first)
     spread = push(radius, weight.first.abs(), None)
@@ -248,18 +326,19 @@ def _affine(
     return Range(middle - spread, middle + spread, apart)
 
 
-def _linear(_: Any, x: Range, weight: Pair, bias: Pair | None = None) -> Range:
+def _linear(_: Any, x: Range, weight: Any, bias: Any = None) -> Range:
     return _affine(x, weight, bias, F.linear)
 
 
-def _convolution(target: Any, x: Range, weight: Pair, bias: Pair | None = None, *rest: Any, **more: Any) -> Range:
+def _convolution(target: Any, x: Range, weight: Any, bias: Any = None, *rest: Any, **more: Any) -> Range:
     return _affine(x, weight, bias, lambda x, w, b: target(x, w, b, *rest, **more))
 
 
-def _batch_norm(
-    _: Any, x: Range, weight: Pair | None, bias: Pair | None, mean: Pair, var: Pair, *rest: Any, **__: Any
-) -> Range:
-    eps = float(rest[2])
+def _batch_norm(_: Any, x: Range, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any, **__: Any) -> Range:
+    if rest[0] or mean is None:
+        raise ConfigError("No bound: there is no interval rule for a batch norm that measures its batch.")
+    eps, mean, var = float(rest[2]), _as_pair(mean), _as_pair(var)
+    weight, bias = (None if value is None else _as_pair(value) for value in (weight, bias))
     ones = Pair(torch.ones_like(mean.first), torch.ones_like(mean.first))
     weight = weight or ones
     shape = (1, -1, *(1,) * (x.lo.ndim - 2))
@@ -273,33 +352,64 @@ def _batch_norm(
     return Range(torch.minimum(low, high) + shift, torch.maximum(low, high) + shift, apart)
 
 
-def _monotone(name: str) -> Callable[..., Range]:
-    function, slope = MONOTONE[name]
-
-    def run(_: Any, x: Range, *rest: Any, **more: Any) -> Range:
-        steep = max(slope, float(rest[0])) if name.startswith("leaky") and rest else slope
-        own = function if not rest else (lambda t: function(t, *rest, **more))  # type: ignore[call-arg]
-        return Range(own(x.lo), own(x.hi), _capped(own, x, steep))
-
-    return run
+def _batch_norm_at_rest(target: Any, x: Range, weight: Any, bias: Any, *rest: Any) -> tuple[Range]:
+    mean, var, momentum, eps = rest
+    return (_batch_norm(target, x, weight, bias, mean, var, False, momentum, eps),)
 
 
-def _capped(function: Callable[[Tensor], Tensor], x: Range, slope: float) -> Tensor:
-    """Lip e, or what the widened range allows if that is less."""
-    whole = function(x.hi + x.e) - function(x.lo - x.e)
-    return torch.minimum(slope * x.e, whole)
-
-
-def _dipping(name: str) -> Callable[..., Range]:
-    function, slope, place, depth = DIPPING[name]
-
-    def run(_: Any, x: Range, *__: Any, **___: Any) -> Range:
-        low, high = function(x.lo), function(x.hi)
-        inside = (x.lo <= place + 0.01) & (x.hi >= place - 0.01)
-        least = torch.where(inside, torch.full_like(low, depth), torch.minimum(low, high))
-        return Range(torch.minimum(least, torch.minimum(low, high)), torch.maximum(low, high), slope * x.e)
+def _activation(name: str) -> Callable[..., Range]:
+    def run(target: Any, x: Range, *rest: Any, **more: Any) -> Range:
+        names = [argument.name for argument in target._schema.arguments[1:]]
+        usual = {argument.name: argument.default_value for argument in target._schema.arguments[1:]}
+        curve = CURVES[name](**usual | dict(zip(names, rest, strict=False)) | more)
+        return through(lambda t: target(t, *rest, **more), curve, x)
 
     return run
+
+
+def through(function: Callable[[Tensor], Tensor], curve: Curve, x: Range) -> Range:
+    """The values of an activation.
+
+    Args:
+        function: the activation, elementwise.
+        curve: what is known of it.
+        x: what it reads.
+    Example:
+        >>> x = Range(*(torch.tensor([v], dtype=torch.float64) for v in (-1.0, 2.0, 0.25)))
+        >>> {k: v.item() for k, v in vars(through(torch.relu, Curve(1.0), x)).items()}
+        {'lo': 0.0, 'hi': 2.0, 'e': 0.25}
+    """
+    low, high = _values(function, curve, x.lo, x.hi)
+    least, most = _values(function, curve, x.lo - x.e, x.hi + x.e)
+    steep = torch.where(x.e > 0, curve.slope * x.e, 0.0) if math.isinf(curve.slope) else curve.slope * x.e
+    for place, height in curve.jumps:
+        steep = steep + height * ((x.e > 0) & (x.lo - x.e <= place) & (place <= x.hi + x.e))
+    return Range(low, high, torch.minimum(steep, torch.maximum(most - low, high - least)))
+
+
+def _values(function: Callable[[Tensor], Tensor], curve: Curve, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value between two ends: taken at an end, at a turn, or on either side of a jump."""
+    found = [function(lo), function(hi)]
+    sides = [math.nextafter(place, end) for place, _ in curve.jumps for end in (-math.inf, math.inf)]
+    for place in (*curve.turns, *(place for place, _ in curve.jumps), *sides):
+        found.append(function(torch.full_like(lo, place).clamp(lo, hi)))
+    return torch.stack(found).amin(0), torch.stack(found).amax(0)
+
+
+def _prelu(target: Any, x: Range, weight: Any) -> Range:
+    """Slopes left of zero, which are parameters: one for all channels, or one for each."""
+    slopes = _as_pair(weight)
+    first, second = (
+        w if w.numel() == 1 else w.reshape(1, -1, *(1,) * (x.lo.ndim - 2)) for w in (slopes.first, slopes.second)
+    )
+    low, high = _values(lambda t: target(t, slopes.first), Curve(1.0), x.lo, x.hi)
+    return Range(low, high, x.e * second.abs().clamp_min(1) + (first - second).abs() * (-x.lo).clamp_min(0))
+
+
+def _glu(_: Any, x: Range, dim: int = -1) -> Range:
+    parts = [t.chunk(2, dim) for t in (x.lo, x.hi, x.e)]
+    value, gate = (Range(*(part[k] for part in parts)) for k in (0, 1))
+    return _multiply(None, value, through(torch.sigmoid, CURVES["sigmoid"](), gate))
 
 
 def _add(_: Any, a: Any, b: Any, *__: Any, alpha: float = 1.0, **___: Any) -> Range:
@@ -318,10 +428,14 @@ def _multiply(_: Any, a: Any, b: Any) -> Range:
     return Range(corners.amin(0), corners.amax(0), a.size * b.e + b.size * a.e + a.e * b.e)
 
 
-def _divide(target: Any, a: Range, b: Any) -> Range:
-    if not isinstance(b, (int, float)):
+def _subtract_from(target: Any, a: Any, b: Any, alpha: float = 1.0) -> Range:
+    return _add(target, b, a, alpha=-float(alpha))
+
+
+def _divide(target: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Range:
+    if isinstance(b, Range | Pair) or rounding_mode is not None:
         raise ConfigError("No bound: there is no interval rule for a division by a value of the network.")
-    return _multiply(target, a, 1.0 / b)
+    return _multiply(target, a, 1.0 / torch.as_tensor(b, dtype=torch.float64))
 
 
 def _as_range(value: Any) -> Range:
@@ -333,12 +447,22 @@ def _as_range(value: Any) -> Range:
     return Range(fixed, fixed, torch.zeros_like(fixed))
 
 
-def _mean(target: Any, x: Range, *rest: Any, **more: Any) -> Range:
-    return x.each(lambda t: target(t, *rest, **more))
+def _as_pair(value: Any) -> Pair:
+    if isinstance(value, Range):
+        raise ConfigError("No bound: there is no interval rule for weights that are computed from others.")
+    return value if isinstance(value, Pair) else Pair(value.double(), value.double())
 
 
-def _max_pool(target: Any, x: Range, *rest: Any, **more: Any) -> Range:
-    return x.each(lambda t: target(t, *rest, **more))
+def _each(target: Any, x: Range, *rest: Any, **more: Any) -> Any:
+    """Sums with weights that are not negative, largest values, rearrangements: all three alike, part by part."""
+    found = [target(t, *rest, **more) for t in (x.lo, x.hi, x.e)]
+    return Range(*found) if isinstance(found[0], Tensor) else tuple(Range(*parts) for parts in zip(*found, strict=True))
+
+
+def _largest(target: Any, x: Range, *rest: Any, **more: Any) -> Any:
+    """Pools that may give places beside the values."""
+    found = [target(t, *rest, **more) for t in (x.lo, x.hi, x.e)]
+    return Range(*found) if isinstance(found[0], Tensor) else (Range(*(pair[0] for pair in found)),)
 
 
 def _padded(target: Any, x: Range, pad: Any, mode: str = "constant", value: float | None = None) -> Range:
@@ -346,30 +470,47 @@ def _padded(target: Any, x: Range, pad: Any, mode: str = "constant", value: floa
     return Range(*(target(t, pad, mode, 0.0 if t is x.e else fill) for t in (x.lo, x.hi, x.e)))
 
 
+def _constant_padded(_: Any, x: Range, pad: Any, value: float = 0.0) -> Range:
+    return _padded(torch.ops.aten.pad.default, x, pad, value=value)
+
+
 def _joined(target: Any, parts: Any, dim: int = 0) -> Range:
     ranges = [_as_range(part) for part in parts]
     return Range(*(target([getattr(r, k) for r in ranges], dim) for k in ("lo", "hi", "e")))
 
 
-def _same(_: Any, x: Range, *__: Any, **___: Any) -> Range:
+def _same(target: Any, x: Range, *rest: Any, **more: Any) -> Range:
+    name = str(target).split(".")[1]
+    if name in DROPOUTS and (rest[1] if len(rest) > 1 else more.get("train", True)):
+        raise ConfigError(f"No bound: a '{name}' that draws its mask has none.")
+    kinds = [value for value in (*rest, *more.values()) if isinstance(value, torch.dtype)]
+    if any(not kind.is_floating_point for kind in kinds):
+        raise ConfigError("No bound: there is no interval rule for numbers that are cut off to whole ones.")
     return x
 
 
-RULES: dict[str, Callable[..., Any]] = {
-    "linear": _linear,
-    "batch_norm": _batch_norm,
+ARITHMETIC: dict[str, Callable[..., Range]] = {
     "add": _add,
-    "add_": _add,
     "sub": _subtract,
+    "rsub": _subtract_from,
     "mul": _multiply,
     "div": _divide,
+}
+RULES: dict[str, Callable[..., Any]] = {
+    **ARITHMETIC,
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm_at_rest,
     "cat": _joined,
     "pad": _padded,
-    **{f"conv{d}d": _convolution for d in (1, 2, 3)},
-    **{f"max_pool{d}d": _max_pool for d in (1, 2, 3)},
-    **{f"{kind}_pool{d}d": _mean for kind in ("avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)},
-    **dict.fromkeys(("mean", "sum", "amax", *RESHAPES), _mean),
+    "constant_pad_nd": _constant_padded,
+    "prelu": _prelu,
+    "glu": _glu,
+    **{f"conv{kind}{d}d": _convolution for kind in ("", "_transpose") for d in (1, 2, 3)},
+    **{f"max_pool{d}d{more}": _largest for d in (1, 2, 3) for more in ("", "_with_indices")},
+    **{f"adaptive_max_pool{d}d": _largest for d in (1, 2, 3)},
+    **{f"{kind}_pool{d}d": _each for kind in ("avg", "adaptive_avg", "_adaptive_avg") for d in (1, 2, 3)},
+    **dict.fromkeys(("mean", "sum", "amax", "split", "split_with_sizes", "chunk", "unbind", *RESHAPES), _each),
     **dict.fromkeys(PASSED, _same),
-    **{name: _monotone(name) for name in MONOTONE},
-    **{name: _dipping(name) for name in DIPPING},
+    **{name: _activation(name) for name in CURVES},
 }
