@@ -73,5 +73,5 @@ def test_a_short_run_is_clean() -> None:
     figures = graph_fuzz.summary(reports, 1.0, prove=True)
     assert figures["raw_errors"] == 0, [r.raw for r in reports]
     assert figures["invalid"] == 0, [r.invalid for r in reports]
-    assert figures["checks"] > 40
+    assert figures["checks"] > 20
     assert figures["nets_with_free_groups"] >= 4
