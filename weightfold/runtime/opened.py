@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,32 +60,19 @@ def program_of(data: bytes, where: str) -> Any:
     """
     import torch
 
+    from weightfold.runtime.program_check import CompiledError, checked_archive
+
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            compiled = [name for name in archive.namelist() if name.endswith((".so", ".cpp", ".dll", ".dylib"))]
-        if not compiled:
-            with quiet(), _without_pickled_code():
-                return torch.export.load(io.BytesIO(data))
+        archive = checked_archive(data)
+        with quiet():
+            return torch.export.load(io.BytesIO(archive))
+    except CompiledError as error:
+        raise ArtifactError(
+            f"'{where}' holds compiled code, which is not run: {error}.", remedy="Export it from its model."
+        ) from None
     except Exception as error:  # a broken program fails in many ways
-        text = str(error).strip().partition("\n")[0][:200]
-        raise ArtifactError(f"The program in '{where}' cannot be read: {text}", remedy="Write it again.") from error
-    raise ArtifactError(
-        f"'{where}' holds compiled code ('{compiled[0]}'), which is not run.", remedy="Export it from its model."
-    )
-
-
-@contextmanager
-def _without_pickled_code() -> Iterator[None]:
-    """Have `torch.load` read tensors and plain data alone: the loader of programs would fall back to any pickle."""
-    import torch
-
-    original = torch.load
-
-    def plain(*args: Any, **named: Any) -> Any:
-        return original(*args, **{**named, "weights_only": True})
-
-    torch.load = plain
-    try:
-        yield
-    finally:
-        torch.load = original
+        text = (str(error).strip().partition("\n")[0][:300] or type(error).__name__).rstrip(".")
+        raise ArtifactError(
+            f"The program in '{where}' cannot be read: {text}.",
+            remedy="Write it again from its model: weightfold export MODEL --to pt2 --out FILE.pt2.",
+        ) from error
