@@ -117,6 +117,8 @@ def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
 
 def _set_attribute(model: nn.Module, change: Attribute, where: str) -> None:
     place = f"{change.module}.{change.name}".lstrip(".")
+    if any(part.startswith("_") for part in place.split(".")):
+        raise ArtifactError(f"'{where}' sets '{place}', which is no size of a layer.", remedy=_REMEDY)
     try:
         owner: Any = model.get_submodule(change.module)
         head, _, tail = change.name.partition(".")

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from weightfold.errors import ConfigError
 
+LONGEST_SHOWN = 200
+"""Characters of a wrong value that an error shows."""
+
 
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Name the valid word nearest to a misspelt one, as a hint to print.
@@ -66,6 +69,6 @@ class Config(BaseModel):
         wrong = first["msg"].removeprefix("Value error, ")
         if not first["loc"] and first["type"] == "value_error":
             return ConfigError(f"Settings of {cls.__name__} do not go together: {wrong}.")
-        return ConfigError(
-            f"The '{name}' setting of {cls.__name__} must satisfy: {wrong}. Got {first.get('input')!r} instead."
-        )
+        got = repr(first.get("input"))
+        got = got if len(got) <= LONGEST_SHOWN else f"{got[:LONGEST_SHOWN]}…"
+        return ConfigError(f"The '{name}' setting of {cls.__name__} must satisfy: {wrong}. Got {got} instead.")

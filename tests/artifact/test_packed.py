@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from weightfold.artifact import CodedTensor, Structure, decode, promised_bytes, read_packed, write_packed
 from weightfold.artifact.format import Attribute, Builder, Input, Resized
-from weightfold.artifact.packed import pack, unpack
-from weightfold.artifact.packed_header import in_order
+from weightfold.artifact.matrix import Coding
+from weightfold.artifact.packed import MAGIC, VERSION, pack, unpack
+from weightfold.artifact.packed_header import Entry, deflate, in_order, varint, write_header
 from weightfold.errors import ArtifactError
 
 TASK = {
@@ -272,3 +273,63 @@ def test_the_reader_needs_no_torch_and_hash_seeds_change_nothing(tmp_path: Path)
         files.append((path.read_bytes(), done.stdout))
     assert files[0] == files[1]
     assert "conv1.weight" in files[0][1]
+
+
+def _resealed(header: bytes, body: bytes) -> bytes:
+    data = MAGIC + bytes([VERSION]) + header + body
+    return data + hashlib.sha256(data).digest()[:8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("entropy", [(1 << 10, 1 << 10)]),
+        ("packed", [(1, 1 << 20)]),
+        ("int64", [(1 << 20,)]),
+        ("float32", [(0, 1 << 60)]),
+        ("entropy", [(1 << 40, 0)]),
+        ("int32", [(1 << 15,)] * 40),
+    ],
+)
+def test_a_small_file_cannot_declare_much(kind: str, shapes: list[tuple[int, ...]]) -> None:
+    structure = Structure(builder=Builder(kind="instance", name="Net"), fingerprint="")
+    entries = [Entry(f"a.x{n}", shape, kind) for n, shape in enumerate(shapes)]
+    with pytest.raises(ArtifactError, match="bytes explain"):
+        unpack(_resealed(write_header(structure, entries), b"\0" * len(shapes)))
+
+
+@pytest.mark.parametrize("coding", ["entropy", "packed"])
+def test_a_network_of_zeros_is_written_so_that_it_is_read(coding: Coding) -> None:
+    structure = Structure(builder=Builder(kind="instance", name="Net"), fingerprint="")
+    coded = {"w": CodedTensor(np.zeros((1000, 3000), np.int16), np.zeros(1000, np.int16))}
+    plain = {"n": np.zeros(1 << 20, np.int64)}
+    data, sizes = pack(structure, coded, plain, coding=coding)
+    assert len(data) == sizes.total_bytes < 5000
+    assert abs(promised_bytes(structure, coded, plain, coding=coding) - len(data)) < 8
+    twin = unpack(data)
+    assert twin.coded["w"].same(coded["w"])
+    assert np.array_equal(twin.plain["n"], plain["n"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'{"b":{"kind":"instance","name":"N"},"n":["\ud800:"]}',
+        '{"b":{"kind":"instance","name":"N"},"n":[[1]]}',
+        '{"b":{"kind":"instance","name":"N"},"n":{}}',
+        '{"b":{"kind":"built-in","name":"mlp","overrides":{"a":1e999}},"n":[]}',
+        '{"b":{"kind":"instance","name":"N"},"n":[],"a":[[[]]]}',
+        '{"b":{"kind":"instance","name":"N"},"n":[],"l":{"a":["b"]}}',
+        '{"b":' * 70 + "1" + "}" * 70,
+    ],
+)
+def test_a_header_of_anything_else_is_an_error_of_ours(text: str) -> None:
+    short = deflate(text.encode())
+    with pytest.raises(ArtifactError, match="header of a packed file is corrupt"):
+        unpack(_resealed(varint(len(short)) + short + b"\0", b""))
+
+
+def test_a_header_that_inflates_to_megabytes_is_refused() -> None:
+    short = deflate(b'{"b":1}' + b" " * (1 << 20))
+    with pytest.raises(ArtifactError, match="cut off or too long"):
+        unpack(_resealed(varint(len(short)) + short + b"\0", b""))

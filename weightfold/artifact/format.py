@@ -9,18 +9,20 @@ integer attributes of other values. Only these differences are stored; the code 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from weightfold.artifact.header import Header, read_header
+from weightfold.artifact.plain import parse_json
 from weightfold.config import Config
 from weightfold.errors import ArtifactError, ConfigError
 
 FORMAT = 1
+MOST_INPUT = 1 << 28
 KEY = "weightfold"
 HEAD_KEY = "ledger"
 Shape = tuple[int, ...]
@@ -69,6 +71,14 @@ class Input(Config):
     """keyword under which it is passed; None: by position"""
     high: int | None = None
     """whole numbers: they lie below this"""
+
+    @model_validator(mode="after")
+    def _it_can_be_made(self) -> Self:
+        if any(size < 1 for size in self.shape) or prod(self.shape) > MOST_INPUT:
+            raise ConfigError(
+                f"An example input holds 1 to {MOST_INPUT:,} numbers. Got the shape {self.shape} instead."
+            )
+        return self
 
 
 class Structure(Config):
@@ -119,9 +129,12 @@ def parse_structure(text: str, where: str) -> Structure:
         ArtifactError: it is no structure, or a newer one; starts with `where`.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ArtifactError(f"'{where}' holds a damaged structure: no JSON.", remedy="Write the model again.") from None
+        content = parse_json(text)
+    except ValueError as error:
+        reason = f"no JSON: {error}"
+        raise ArtifactError(
+            f"'{where}' holds a damaged structure: {reason}.", remedy="Write the model again."
+        ) from None
     if isinstance(content, dict) and type(content.get("format")) is int and content["format"] > FORMAT:
         raise ArtifactError(
             f"'{where}' has format {content['format']}; this version of weightfold reads up to {FORMAT}.",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from weightfold.artifact.plain import parse_json
 from weightfold.errors import ArtifactError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -155,9 +155,9 @@ def _content(stream: BinaryIO, size: int, path: Path) -> tuple[int, dict[str, An
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise _broken(path, f"its header of {length} bytes is longer than the file")
     try:
-        content = json.loads(stream.read(length).decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise _broken(path, "its header is no JSON") from None
+        content = parse_json(stream.read(length))
+    except ValueError as error:
+        raise _broken(path, f"its header is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise _broken(path, "its header is no table")
     return 8 + length, content
@@ -169,7 +169,8 @@ def _stored(name: str, value: Any, start: int, path: Path) -> Stored:
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError):
         raise _broken(path, f"its entry of '{name}' is incomplete") from None
-    if dtype not in BITS or not all(type(n) is int and n >= 0 for n in numbers):
+    known = type(dtype) is str and dtype in BITS and type(shape) is list
+    if not known or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise _broken(path, f"its entry of '{name}' is no tensor")
     wanted = -(-prod(shape) * BITS[dtype] // 8)
     if end - begin != wanted:

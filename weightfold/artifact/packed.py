@@ -5,12 +5,15 @@
 All entropy-coded tensors share one range coder, so that none of them pays for an end. The checksum is the first 8
 bytes of the SHA-256 of everything before it and is verified before anything is decoded: a file that is cut off or
 changed is refused. The same content gives the same bytes.
+
+What a file may hold is tied to its length, so that a small file cannot fill the memory: 2^18 values and 1,024 more for
+each of its bytes. A network of zeros would need fewer bytes than that; zeros are added until its length explains it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,7 +35,7 @@ SUFFIX = ".wfp"
 VERSION = 1
 MAGIC = b"WFP"
 _CHECK_BYTES = 8
-_MAX_VALUES = 1 << 32
+_FREE_VALUES, _VALUES_A_BYTE = 1 << 18, 1 << 10
 _AGAIN = "Copy or write it again."
 
 Array = npt.NDArray[Any]
@@ -156,6 +159,7 @@ def pack(
             write(coded[entry.name], coder)
             by_tensor[entry.name] = (coder.bits - before) / 8
     data = head + bytes(body) + coder.finish()
+    data += bytes(max(0, _least_bytes(entries) - len(data) - _CHECK_BYTES))
     data += hashlib.sha256(data).digest()[:_CHECK_BYTES]
     by_tensor = {entry.name: by_tensor[entry.name] for entry in entries}
     codings = {entry.name: entry.kind for entry in entries}
@@ -175,8 +179,10 @@ def promised_bytes(
         True
     """
     kinds, n_bytes = _codings(coded, coding)
-    head = len(MAGIC) + 1 + len(write_header(structure, _entries(coded, plain, kinds))) + _CHECK_BYTES
-    return head + sum(n_bytes.values()) + sum(len(_plain_bytes(array)) for array in plain.values())
+    entries = _entries(coded, plain, kinds)
+    head = len(MAGIC) + 1 + len(write_header(structure, entries)) + _CHECK_BYTES
+    body = sum(n_bytes.values()) + sum(len(_plain_bytes(array)) for array in plain.values())
+    return max(head + body, _least_bytes(entries))
 
 
 def read_packed(path: str | Path) -> Packed:
@@ -202,10 +208,15 @@ def unpack(data: bytes) -> Packed:
     """Read the bytes of a packed file; see `read_packed`."""
     _verify(data)
     structure, entries, at = read_header(data[:-_CHECK_BYTES], len(MAGIC) + 1)
+    if _least_bytes(entries) > len(data):
+        largest = max(entries, key=_n_values)
+        raise ArtifactError(
+            f"Its tensors, '{largest.name}' of shape {largest.shape} among them, are larger than {len(data):,} bytes "
+            "explain.",
+            remedy=_AGAIN,
+        )
     content, plain, coded = data[:-_CHECK_BYTES], {}, {}
     for entry in entries:
-        if prod(entry.shape) > _MAX_VALUES:
-            raise ArtifactError(f"'{entry.name}' is said to have the shape {entry.shape}: too many values.")
         if entry.kind not in (ENTROPY, PACKED):
             plain[entry.name], at = _read_plain(content, at, entry)
     for entry in entries:
@@ -220,6 +231,16 @@ def unpack(data: bytes) -> Packed:
             raise ArtifactError(f"It ties '{alias}' to '{name}', which it lacks.", remedy=_AGAIN)
     digest = fingerprint_of(tensors_of(coded, plain), structure.aliases)
     return Packed(structure.model_copy(update={"fingerprint": digest}), coded, plain, len(data))
+
+
+def _n_values(entry: Entry) -> int:
+    """Numbers of a tensor; a size of 0 counts as 1, for rows without numbers take memory as well."""
+    return prod(max(size, 1) for size in entry.shape)
+
+
+def _least_bytes(entries: Sequence[Entry]) -> int:
+    """How long a file must be that holds such tensors."""
+    return -(-max(0, sum(map(_n_values, entries)) - _FREE_VALUES) // _VALUES_A_BYTE)
 
 
 def _verify(data: bytes) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightfold.artifact.format import Attribute, Resized, Shape, Structure, Value
+from weightfold.artifact.plain import parse_json
 from weightfold.errors import ArtifactError, ConfigError
 
 ENTROPY, PACKED = "entropy", "packed"
@@ -22,7 +23,8 @@ KINDS = (ENTROPY, PACKED, "bool", "uint8", "int8", "int16", "int32", "int64", "f
 _SUFFIXES = {"w": "weight", "b": "bias", "m": "running_mean", "v": "running_var", "n": "num_batches_tracked"}
 _LETTERS = {suffix: letter for letter, suffix in _SUFFIXES.items()}
 _DERIVED, _RESIZED = 7, 128
-_MAX_TEXT = 1 << 24
+_LEAST_TEXT, _MOST_TEXT = 1 << 16, 64
+"""Bytes that a header's text may have at least, and for each that it takes; a thousand equal modules come to 20."""
 _WORDS = (
     b'"mlp:n","module.model.network.features.encoder.decoder.embed.classifier.backbone.layers.","stem.0:w","bn:wbmvn",'
     b'"downsample.0:w","downsample.1:wbmvn","shortcut.0:w","shortcut.1:wbmvn","weight_ih_l0:","weight_hh_l0:",'
@@ -136,7 +138,7 @@ def read_header(data: bytes, start: int) -> tuple[Structure, list[Entry], int]:
 
 def _read(data: bytes, start: int) -> tuple[Structure, list[Entry], int]:
     length, at = read_varint(data, start)
-    content = json.loads(inflate(data[at : at + length]))
+    content = parse_json(inflate(data[at : at + length]))
     at += length
     has_head, at = data[at], at + 1
     names = _lengthen(content["n"])
@@ -170,7 +172,7 @@ def deflate(text: bytes) -> bytes:
 def inflate(data: bytes) -> bytes:
     """Undo `deflate`."""
     coder = zlib.decompressobj(-15, _WORDS)
-    text = coder.decompress(data, _MAX_TEXT)
+    text = coder.decompress(data, _LEAST_TEXT + _MOST_TEXT * len(data))
     if not coder.eof or coder.unused_data:
         raise ValueError("its text is cut off or too long")
     return text
@@ -227,7 +229,9 @@ def _shorten(names: Sequence[str]) -> list[str]:
     return [f"{module}:{letters}" for module, letters in out]
 
 
-def _lengthen(short: Sequence[str]) -> list[str]:
+def _lengthen(short: Any) -> list[str]:
+    if not isinstance(short, list):
+        raise TypeError("its names are no list")
     names: list[str] = []
     for text in short:
         module, _, letters = text.rpartition(":")
@@ -321,6 +325,8 @@ def _unexpected(structure: Structure) -> list[Any]:
 
 def _with_expected(sizes: Mapping[str, Resized], stored: Any) -> tuple[Attribute, ...]:
     missing, *rows = stored or [[]]
+    if not all(type(place) is int for place in missing):
+        raise TypeError("the places of its attributes are no numbers")
     kept = [one for place, one in enumerate(expected_attributes(sizes)) if place not in set(missing)]
     others = [Attribute(module=m, name=n, before=_value(a), after=_value(b)) for m, n, a, b in rows]
     return (*kept, *others)

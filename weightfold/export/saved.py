@@ -19,9 +19,9 @@ from weightfold.artifact.packed import SUFFIX
 from weightfold.blueprint import Blueprint, rebuild_, state_tensors
 from weightfold.data import load_weights_
 from weightfold.errors import ArtifactError, ConfigError
+from weightfold.export.bounded import build_named
 from weightfold.export.embedded import PROGRAM, program_module
 from weightfold.fingerprint import fingerprint as model_fingerprint
-from weightfold.models import TaskSpec, build
 from weightfold.runtime import SUFFIXES, load_file
 
 STRUCTURE_FILE = "structure.json"
@@ -104,6 +104,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
     Example:
         >>> import tempfile
         >>> from weightfold.models import build, TableInput, Classes
+        >>> from weightfold.models import TaskSpec
         >>> task = TaskSpec(input=TableInput(n_features=3), output=Classes(n=2))
         >>> net = build("mlp", task, hidden=(5,))
         >>> builder = Builder(kind="built-in", name="mlp", task=task.model_dump(), overrides={"hidden": (5,)})
@@ -151,10 +152,10 @@ def make(builder: Builder, file: Path) -> nn.Module:
 
     Raises:
         ConfigError: it is not built in.
+        ArtifactError: there is no such network, or it is larger than the file explains.
     """
     if builder.kind == "built-in":
-        task = TaskSpec.model_validate(builder.task)
-        return build(builder.name, task, **builder.overrides)
+        return build_named(builder, str(file), file.stat().st_size)
     raise ConfigError(
         f"'{file}' holds a model made by '{builder.name}': code that is not run because a file names it.",
         remedy="Make the model as it was before any edit and pass it along (model=..., on the command line --model).",

@@ -9,22 +9,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from weightfold.artifact import write_bytes
+from weightfold.artifact import read_header, write_bytes
+from weightfold.artifact.plain import parse_json
+from weightfold.config import Config
 from weightfold.errors import ArtifactError, ConfigError, DataError
 from weightfold.quant.codebook import kmeans, kmeans_vectors, nearest
 from weightfold.quant.pack import bits_for, deflate, inflate, pack, unpack
 
 KEY = "weightfold.clustered"
+MOST_ENTRIES = 1 << 16
+FREE_VALUES, VALUES_A_BYTE = 1 << 18, 1 << 10
+"""Values that a file may hold, and that it may hold for each of its bytes; `_explained` sees to it."""
+_RECORD_BYTES = 100
+"""What the header says of one tensor takes more."""
 Coding = Literal["packed", "deflated"]
 
 
@@ -215,11 +223,12 @@ def write_clustered(
     tensors = {name: value.detach().cpu().contiguous() for name, value in others.items()}
     records = {}
     for name, item in clustered.items():
-        tensors[f"{name}:codebook"] = item.book_GKV.contiguous()
-        tensors[f"{name}:index"] = torch.frombuffer(bytearray(item.index_bytes(coding)), dtype=torch.uint8)
+        stored, index, how = _explained(item, coding)
+        tensors[f"{name}:codebook"] = stored.book_GKV.contiguous()
+        tensors[f"{name}:index"] = torch.from_numpy(np.frombuffer(index, np.uint8).copy())
         records[name] = {
             "shape": item.shape, "dtype": _name(item.dtype), "rows": item.layout.rows, "vector": item.layout.vector,
-            "coding": coding,
+            "coding": how,
         }  # fmt: skip
     about = {"tensors": records, "aliases": dict(aliases or {})}
     data = save(tensors, metadata={KEY: json.dumps(about, separators=(",", ":"))})
@@ -227,35 +236,98 @@ def write_clustered(
     return len(data)
 
 
+def _explained(item: Clustered, coding: Coding) -> tuple[Clustered, bytes, Coding]:
+    """A tensor, its numbers as bytes and their coding: such that the bytes explain the tensor's size to a reader.
+
+    Numbers that are all alike take next to nothing; they are packed, by one bit each at least, where a reader could not
+    tell them from a file that is made to fill the memory.
+    """
+    index = item.index_bytes(coding)
+    if math.prod(item.shape) <= VALUES_A_BYTE * (len(index) + _RECORD_BYTES):
+        return item, index, coding
+    if item.book_GKV.shape[1] == 1:
+        item = replace(item, book_GKV=item.book_GKV.repeat(1, 2, 1))
+    return item, item.index_bytes("packed"), "packed"
+
+
+class ClusterRecord(Config):
+    """What the metadata says of one clustered tensor."""
+
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=1 << 48)], ...], Field(min_length=1, max_length=64)]
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    rows: Annotated[int, Field(ge=1, lt=1 << 48)] | None
+    vector: Annotated[int, Field(ge=1, lt=1 << 48)]
+    coding: Coding
+
+
+class ClusterTable(Config):
+    """What the metadata says of all of them."""
+
+    tensors: dict[str, ClusterRecord]
+    aliases: dict[str, str]
+
+
 def read_clustered(path: Path) -> dict[str, Tensor]:
     """Read back all tensors of a file that `write_clustered` wrote, as a state dict.
 
     Raises:
-        ArtifactError: the file is missing, corrupt or of another kind.
+        ArtifactError: the file is missing, corrupt or of another kind; names the tensor.
     """
+    path = Path(path)
+    header = read_header(path)
+    if KEY not in header.metadata:
+        raise ArtifactError(f"'{path}' holds no clustered tensors.", remedy="Load it as an ordinary file.")
+    about = _read_about(header.metadata[KEY], path)
+    n_values = sum(math.prod(record.shape) for record in about.tensors.values())
+    if n_values > FREE_VALUES + VALUES_A_BYTE * header.size_bytes:
+        raise _corrupt(path, f"{n_values:,} values are more than its {header.size_bytes:,} bytes explain")
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except KeyError:
-        raise ArtifactError(f"'{path}' holds no clustered tensors.", remedy="Load it as an ordinary file.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"'{path}' is missing, truncated or corrupt: {error}") from None
-    out = {name: value for name, value in tensors.items() if name.partition(":")[0] not in about["tensors"]}
-    for name, record in about["tensors"].items():
-        out[name] = _expand(name, record, tensors)
-    return out | {alias: out[name] for alias, name in about["aliases"].items()}
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise _corrupt(path, str(error)) from None
+    parts = {f"{name}:{part}" for name in about.tensors for part in ("codebook", "index")}
+    out = {name: value for name, value in tensors.items() if name not in parts}
+    for name, record in about.tensors.items():
+        if name in out:
+            raise _corrupt(path, f"'{name}' stands in it twice")
+        out[name] = _expand(name, record, tensors, path)
+    for alias, name in about.aliases.items():
+        if alias in out or name not in out:
+            raise _corrupt(path, f"it ties '{alias}' to '{name}'")
+    return out | {alias: out[name] for alias, name in about.aliases.items()}
 
 
-def _expand(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+def _read_about(text: str, path: Path) -> ClusterTable:
     try:
-        book_GKV, data = tensors[f"{name}:codebook"], tensors[f"{name}:index"].numpy()
-        layout, shape = Layout(book_GKV.shape[1], record["rows"], record["vector"]), tuple(record["shape"])
-        sizes = [len(p) for p in layout.split(torch.empty(shape, device="meta"))]
-        read = unpack if record["coding"] == "packed" else inflate
-        numbers = torch.from_numpy(np.array(read(data, bits_for(layout.k), sum(sizes))))
-        if numbers.numel() and int(numbers.max()) >= layout.k:
-            raise ArtifactError(f"It names entry {int(numbers.max())} of {layout.k}.")
-        return Clustered(layout, book_GKV, numbers.split(sizes), shape, getattr(torch, record["dtype"])).values()
-    except (KeyError, RuntimeError, AttributeError, TypeError, ArtifactError) as error:
-        raise ArtifactError(f"The clustered tensor '{name}' is corrupt: {error}") from None
+        return ClusterTable(**parse_json(text))
+    except (ValueError, TypeError) as error:
+        raise _corrupt(path, str(error)) from None
+    except ConfigError as error:
+        raise _corrupt(path, error.message.rstrip(".")) from None
+
+
+def _corrupt(path: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"'{path}' is truncated, corrupt or no file of clusters: {reason}.", remedy="Write it again.")
+
+
+def _expand(name: str, record: ClusterRecord, tensors: Mapping[str, Tensor], path: Path) -> Tensor:
+    book_GKV, data = tensors.get(f"{name}:codebook"), tensors.get(f"{name}:index")
+    if book_GKV is None or data is None:
+        raise _corrupt(path, f"it lacks the codebook or the index of '{name}'")
+    if book_GKV.ndim != 3 or not book_GKV.is_floating_point() or data.ndim != 1 or data.dtype != torch.uint8:
+        raise _corrupt(path, f"the codebook or the index of '{name}' is none")
+    n_books, k, vector = book_GKV.shape
+    row, rows = math.prod(record.shape[1:]), record.rows or record.shape[0]
+    if vector != record.vector or row % vector or n_books != -(-record.shape[0] // rows) or not 1 <= k <= MOST_ENTRIES:
+        raise _corrupt(path, f"codebooks of shape {tuple(book_GKV.shape)} do not fit '{name}' of {record.shape}")
+    n_points = record.shape[0] * row // vector
+    read = unpack if record.coding == "packed" else inflate
+    try:
+        numbers = torch.from_numpy(np.array(read(data.numpy(), bits_for(k), n_points)))
+    except ArtifactError as error:
+        raise _corrupt(path, f"'{name}': {error.message.rstrip('.')}") from None
+    if int(numbers.max()) >= k:
+        raise _corrupt(path, f"'{name}' names entry {int(numbers.max())} of {k}")
+    layout = Layout(k, record.rows, vector)
+    labels = numbers.split(min(rows, record.shape[0]) * row // vector)
+    return Clustered(layout, book_GKV, labels, record.shape, getattr(torch, record.dtype)).values()

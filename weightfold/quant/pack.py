@@ -90,11 +90,12 @@ def inflate(data: Bytes, bits: int, n: int) -> npt.NDArray[np.int64]:
         raise ArtifactError("Coded numbers start with a byte that names no coding.")
     if raw[0] == 0:
         return unpack(raw[1:], bits, n)
+    kind = np.dtype(np.uint8 if bits <= 8 else "<u2")
     try:
-        wide = zlib.decompress(raw[1:].tobytes(), -15)
+        wide = zlib.decompressobj(-15).decompress(raw[1:].tobytes(), n * kind.itemsize + 1)
     except zlib.error as error:
         raise ArtifactError(f"Coded numbers are corrupt: {error}") from None
-    numbers = np.frombuffer(wide, np.uint8 if bits <= 8 else np.dtype("<u2"))
-    if len(numbers) != n:
-        raise ArtifactError(f"{n} coded numbers were expected; there are {len(numbers)}.")
+    if len(wide) != n * kind.itemsize:
+        raise ArtifactError(f"{n} coded numbers were expected; there are more or fewer.")
+    numbers = np.frombuffer(wide, kind)
     return numbers.astype(np.int64)

@@ -20,10 +20,11 @@ from weightfold.artifact import Builder, Input, Structure
 from weightfold.artifact.format import KEY
 from weightfold.blueprint import Blueprint, find_aliases, rebuild_, state_tensors
 from weightfold.errors import ArtifactError, WeightfoldError
+from weightfold.export.bounded import build_named
 from weightfold.export.embedded import PROGRAM, program_module
 from weightfold.export.example import zeros
 from weightfold.export.opened import open_model
-from weightfold.export.saved import make, structure_of
+from weightfold.export.saved import structure_of
 from weightfold.graph.trace import Example, arguments
 from weightfold.runtime.require import quiet
 from weightfold.weights.compare import differences
@@ -206,7 +207,8 @@ def _rebuilt(item: Imported) -> tuple[nn.Module, Any]:
         for mode in ("train", "eval"):  # a graph has one mode and refuses these; it computes as in evaluation mode
             vars(model).pop(mode, None)
         return model, zeros(structure.inputs)
-    model = make(structure.builder, None)  # type: ignore[arg-type]
+    size_bytes = sum(value.nbytes for value in item.state.values())
+    model = build_named(structure.builder, where, size_bytes)
     rebuild_(model, structure, where)
     return _loaded(model, item), zeros(structure.inputs)
 
