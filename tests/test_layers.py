@@ -32,7 +32,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "size": ("graph",),
         "widths": ("graph", "size"),
         "kernels": (),
-        "blueprint": (),
+        "blueprint": ("graph",),
         "redundancy": ("graph",),
         "sharing": ("graph", "size"),
         "fingerprint": ("graph",),

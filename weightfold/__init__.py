@@ -20,8 +20,10 @@ _PUBLIC = {
     "Prune": "weightfold.methods.prune",
     "SelfCompress": "weightfold.methods.self_compress",
     "Tie": "weightfold.methods.tie",
+    "export": "weightfold.export",
     "load": "weightfold.export",
     "palettize": "weightfold.methods.palette",
+    "save": "weightfold.export.own",
     "save_compressed": "weightfold.export",
     "trace": "weightfold.graph",
 }
@@ -31,6 +33,8 @@ __all__ = ["__version__", *_PUBLIC]
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are first used: importing the package imports nothing heavy."""
+    if name == "export":
+        return importlib.import_module(_PUBLIC[name])
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'weightfold' has no attribute {name!r}")

@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from weightfold.artifact.format import Attribute, Resized, Shape, Structure, Value, differences
+from weightfold.artifact.format import Attribute, Input, Resized, Shape, Structure, Value, differences
 from weightfold.errors import ArtifactError
+from weightfold.graph.trace import Example, arguments
 
 Place = tuple[str, str]
 """(path of a module, attribute)."""
@@ -47,6 +49,13 @@ class Blueprint:
             find_aliases(model),
         )
 
+    def as_it_is(self) -> tuple[dict[str, Resized], tuple[Attribute, ...]]:
+        """List every shape and attribute, where nobody knows which of them an edit has changed."""
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in self.aliases}
+        sizes = {name: Resized(before=shape, after=shape) for name, shape in shapes.items()}
+        found = (Attribute(module=p, name=n, before=value, after=value) for (p, n), value in self.attributes.items())
+        return sizes, tuple(found)
+
     def changes_to(self, later: Blueprint) -> tuple[dict[str, Resized], tuple[Attribute, ...]]:
         """List what differs in a later blueprint of the same module."""
         changed = tuple(
@@ -55,6 +64,60 @@ class Blueprint:
             if (path, name) in later.attributes and later.attributes[path, name] != value
         )
         return differences(self.shapes, later.shapes, later.aliases), changed
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a network was before its first edit, and an example of what it takes.
+
+    Args:
+        before: its blueprint then.
+        inputs: empty where the example is not a flat list of tensors.
+    """
+
+    before: Blueprint
+    inputs: tuple[Input, ...]
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
+"""Beside the networks, not in them: what was compressed stays a plain module, and is forgotten with it."""
+
+
+def remember(model: nn.Module, example: Example) -> None:
+    """Take down a module before its first edit, so that it can be saved later without being told what it was."""
+    _ORIGINS.setdefault(model, Origin(Blueprint.of(model), describe(example)))
+
+
+def describe(example: Example) -> tuple[Input, ...]:
+    """Take down an example input as sizes and types; nothing where it holds more than tensors.
+
+    Example:
+        >>> describe((torch.zeros(1, 3), torch.tensor([[4, 2]])))[1]
+        Input(shape=(1, 2), dtype='int64', name=None, high=5)
+    """
+    args, named = arguments(example)
+    values = [*((None, value) for value in args), *named.items()]
+    if not all(isinstance(value, Tensor) and value.dim() and value.numel() for _, value in values):
+        return ()
+    return tuple(_input(name, value) for name, value in values)
+
+
+def _input(name: str | None, value: Tensor) -> Input:
+    whole = not value.is_floating_point() and value.dtype != torch.bool and not value.is_meta
+    high = max(int(value.max()) + 1, 2) if whole else None
+    return Input(name=name, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."), high=high)
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """What `remember` took down of this very module; copies of it are others.
+
+    Example:
+        >>> net = nn.Linear(3, 2)
+        >>> remember(net, torch.zeros(1, 3))
+        >>> origin_of(net).before.shapes["weight"], origin_of(copy.deepcopy(net))
+        ((2, 3), None)
+    """
+    return _ORIGINS.get(model)
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -78,9 +141,9 @@ def rebuild_(model: nn.Module, structure: Structure, where: str) -> None:
     """
     tensors = state_tensors(model)
     for name, resized in structure.sizes.items():
-        _resize(model, tensors, name, resized, where)
+        _resize(model, tensors, name, resized, where, strict=not structure.complete)
     for change in structure.attributes:
-        _set_attribute(model, change, where)
+        _set_attribute(model, change, where, strict=not structure.complete)
     tied = find_aliases(model)
     for alias, name in structure.aliases.items():
         if tied.get(alias) != name:
@@ -88,24 +151,31 @@ def rebuild_(model: nn.Module, structure: Structure, where: str) -> None:
                 f"'{where}' ties '{alias}' to '{name}'; the model made by '{structure.builder.name}' does not.",
                 remedy=_REMEDY,
             )
+    for alias, name in tied.items():
+        if alias not in structure.aliases:
+            raise ArtifactError(
+                f"The model ties '{alias}' to '{name}'; '{where}' holds two tensors for them.", remedy=_REMEDY
+            )
 
 
-def _resize(model: nn.Module, tensors: Mapping[str, Tensor], name: str, resized: Resized, where: str) -> None:
+def _resize(
+    model: nn.Module, tensors: Mapping[str, Tensor], name: str, resized: Resized, where: str, *, strict: bool
+) -> None:
     old = tensors.get(name)
     if old is None:
         raise ArtifactError(f"The model has no tensor '{name}', which '{where}' resizes.", remedy=_REMEDY)
     if tuple(old.shape) == resized.after:
         return
-    if tuple(old.shape) != resized.before:
+    if tuple(old.shape) != resized.before if strict else old.dim() != len(resized.after):
+        made_from = f"was made from one with {resized.before} and " if strict else ""
         raise ArtifactError(
-            f"'{name}' has the shape {tuple(old.shape)} in the model; '{where}' was made from one with "
-            f"{resized.before} and holds {resized.after}.",
+            f"'{name}' has the shape {tuple(old.shape)} in the model; '{where}' {made_from}holds {resized.after}.",
             remedy=_REMEDY,
         )
-    _replace(model, old, torch.empty(resized.after, dtype=old.dtype, device=old.device))
+    replace_tensor_(model, old, torch.empty(resized.after, dtype=old.dtype, device=old.device))
 
 
-def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+def replace_tensor_(model: nn.Module, old: Tensor, new: Tensor) -> None:
     """Put one tensor in the place of another wherever the module holds it, so that ties stay ties."""
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -115,7 +185,7 @@ def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
                 setattr(module, name, new)
 
 
-def _set_attribute(model: nn.Module, change: Attribute, where: str) -> None:
+def _set_attribute(model: nn.Module, change: Attribute, where: str, *, strict: bool) -> None:
     place = f"{change.module}.{change.name}".lstrip(".")
     if any(part.startswith("_") for part in place.split(".")):
         raise ArtifactError(f"'{where}' sets '{place}', which is no size of a layer.", remedy=_REMEDY)
@@ -127,9 +197,10 @@ def _set_attribute(model: nn.Module, change: Attribute, where: str) -> None:
         current = getattr(owner, tail or head)
     except AttributeError:
         raise ArtifactError(f"The model has no '{place}', which '{where}' sets.", remedy=_REMEDY) from None
-    if current not in (change.before, change.after):
+    if current not in (change.before, change.after) if strict else type(current) is not type(change.after):
         raise ArtifactError(
-            f"'{place}' is {current} in the model; '{where}' was made from one with {change.before}.", remedy=_REMEDY
+            f"'{place}' is {current} in the model; '{where}' was made from one with {change.before}.",
+            remedy=_REMEDY,
         )
     setattr(owner, tail or head, change.after)
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightfold.blueprint import remember
 from weightfold.engine.book import Book
 from weightfold.engine.checks import check_finite
 from weightfold.engine.clock import Clock
@@ -160,6 +161,7 @@ class Compressor:
         check_finite(self.model)
         optim.assert_live(self.model, optimizers)
         traced = trace(self.model, self.example)
+        remember(self.model, self.example)
         self._surgeon = surgeon = Surgeon(self.model, with_sizes(self.model, self.example, traced))
         surgeon.attach(optimizers, averaged)
         if self.loss is not None and self.probe:

@@ -97,6 +97,8 @@ class Structure(Config):
     attributes: tuple[Attribute, ...] = ()
     aliases: dict[str, str] = Field(default_factory=dict)
     """other names of a stored tensor, by name: weights that are tied"""
+    complete: bool = False
+    """whether sizes and attributes are all that the model has, for nobody knows what it was before its edits"""
     inputs: tuple[Input, ...] = ()
     """an example of what the model takes"""
     ledger_head: str | None = None

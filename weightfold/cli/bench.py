@@ -88,10 +88,10 @@ def bench(
 
 def _original(source: str, against: str | None, example: list[str], maker: str | None) -> Source | None:
     """The network to compare with: what the user names, else the dense one of the run."""
-    from weightfold.export.opened import open_model
+    from weightfold.export.opened import needs_maker, open_model
 
     if against is not None:
-        return open_model(against, example=example, maker=maker)
+        return open_model(against, example=example, maker=maker if needs_maker(against) else None)
     beside = Path(source, DENSE) if Path(source).is_dir() else Path(source).with_name(DENSE)
     return open_model(str(beside), example=example, maker=maker) if beside.is_file() else None
 

@@ -46,10 +46,13 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
         >>> model.weight.sum().item()
         6.0
     """
-    path = Path(path)
-    tensors = read_tensors(path)
+    put_tensors_(model, read_tensors(path), Path(path))
+
+
+def put_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Put tensors that were read from a file into a model; see `load_weights_`."""
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    _check_names(own, tensors, path)
+    check_names(model, tensors, path)
     _check_shapes(own, tensors, path)
     check_finite(tensors, path)
     model.load_state_dict(tensors, strict=False)
@@ -135,7 +138,13 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _check_names(own: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+def check_names(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not by name those of a model.
+
+    Raises:
+        ArtifactError: one is missing or unexpected; names it.
+    """
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     there = {id(value) for name, value in own.items() if name in tensors}
     missing = [
         name

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from weightfold.errors import ArtifactError, ExportError
 from weightfold.export.program import to_program
 from weightfold.export.source import Source
+from weightfold.runtime.graphs import graph_module
 from weightfold.runtime.opened import program_of
 from weightfold.runtime.require import quiet
 
@@ -69,7 +70,7 @@ def program_module(text: str, tensors: Mapping[str, Tensor], where: str) -> nn.M
                 f"The graph in '{where}' needs '{name}' of shape {tuple(value.shape)}; the file {found}."
             )
         program.state_dict[name] = _like(value, given)
-    return program.module()
+    return graph_module(program)
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

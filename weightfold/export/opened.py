@@ -8,18 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightfold.artifact import Builder, CodedTensor, Input, Structure, read_header
-from weightfold.artifact.format import KEY, read_structure
+from weightfold.artifact import Builder, CodedTensor, Input, Structure, read_header, read_structure
 from weightfold.artifact.packed import SUFFIX, read_packed
 from weightfold.blueprint import Blueprint
 from weightfold.data import load_model
 from weightfold.errors import ArtifactError, ConfigError
+from weightfold.export.embedded import PROGRAM
 from weightfold.export.example import parse_input, task_input
-from weightfold.export.saved import load, model_file
+from weightfold.export.saved import is_structured, load, load_state_, make, model_file, not_run, read_state
 from weightfold.export.source import Source
 from weightfold.ledger import Ledger
-from weightfold.models import NAMES, Classes, ImageInput, NextToken, TableInput, TaskSpec, TextInput, build
+from weightfold.models import NAMES, Classes, ImageInput, NextToken, TableInput, TaskSpec, TextInput
 from weightfold.quant.activations import Grid
+from weightfold.runtime import SUFFIXES as RUNTIMES
+
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_NAMED = f".safetensors or {SUFFIX} and were written by weightfold"
 
 
 def open_model(
@@ -38,7 +42,7 @@ def open_model(
         weights: a file of tensors for the model, or a model that weightfold saved.
         example: inputs as text, see `parse_input`.
         task: of the data that the model is for.
-        maker: package.module:function that makes the module of a saved model that is not built in.
+        maker: package.module:function that makes the module of a saved model, in place of what its file names.
     Raises:
         ConfigError: the spec names nothing, or what is needed to make or trace the model is missing.
         ArtifactError: a file is corrupt or does not fit.
@@ -49,19 +53,32 @@ def open_model(
     """
     inputs = tuple(parse_input(text) for text in example)
     if is_saved(spec):
+        if weights is not None:
+            raise ConfigError(
+                f"'{spec}' brings its own weights; '{weights}' cannot be put in their place.",
+                remedy="Leave out the weights, or name what makes the network (built-in, package.module:function).",
+            )
         return _open_saved(model_file(spec), inputs, task, maker)
     if weights is not None and is_saved(weights):
-        return _open_saved(model_file(weights), inputs, task, None if spec in NAMES else spec)
-    if Path(spec).is_dir() and not Path(spec, "config.json").is_file():
+        return _open_saved(model_file(weights), inputs, task, spec)
+    path = Path(spec)
+    if path.is_file():
+        raise no_model(path)
+    if path.is_dir() and not Path(spec, "config.json").is_file():
         raise ArtifactError(
             f"The folder '{spec}' holds neither a run (model.safetensors) nor a Hugging Face model (config.json).",
             remedy="A run that was interrupted has no model yet: go on with weightfold train --resume.",
         )
     task = task or (_task_for(spec, inputs) if spec in NAMES else None)
-    model = load_model(spec, weights, task=task).eval()
     builder = _builder(spec, task)
-    fresh = None if builder.kind == "built-in" else lambda: load_model(spec, weights, task=task)
-    return Source(model, inputs or _inputs_of(model, task), Blueprint.of(model), builder, fresh=fresh)
+    if weights is None or path.is_dir():
+        model = load_model(spec, weights, task=task).eval()
+        fresh = None if builder.kind == "built-in" else lambda: load_model(spec, task=task)
+        return Source(model, inputs or _inputs_of(model, task), Blueprint.of(model), builder, fresh=fresh)
+    model = load_model(spec, task=task)
+    before, inputs = Blueprint.of(model), inputs or _inputs_of(model, task)
+    load_state_(model, weights, inputs)
+    return Source(model.eval(), inputs, before, builder, fresh=lambda: load_model(spec, task=task))
 
 
 def is_saved(spec: str | Path) -> bool:
@@ -71,29 +88,104 @@ def is_saved(spec: str | Path) -> bool:
         return model_file(path).is_file() and not (path / "config.json").is_file()
     if path.suffix == SUFFIX:
         return path.is_file()
-    return path.suffix == ".safetensors" and path.is_file() and KEY in read_header(path).metadata
+    return is_structured(path)
+
+
+def needs_maker(spec: str | Path) -> bool:
+    """Tell whether a path is a saved model that only code of the user's own makes."""
+    return is_saved(spec) and _structure_of(model_file(spec)).builder.kind != "built-in"
+
+
+def no_model(path: Path) -> ArtifactError:
+    """Say what a file is that was named as a model and is none."""
+    if path.suffix in RUNTIMES:
+        return ArtifactError(
+            f"'{path}' was written for a runtime; nothing is made of it but answers.",
+            remedy="Name the model that it was exported from. weightfold.load(path) runs the file in Python.",
+        )
+    if path.suffix in ENDINGS:
+        try:
+            n = len(read_state(path))
+        except ArtifactError as error:
+            return error
+        return ArtifactError(
+            f"'{path}' holds {n} tensors, but not how to build the model that they belong to.",
+            remedy=f"Name that model, and this file as its weights: package.module:function --weights {path}",
+        )
+    return ArtifactError(
+        f"'{path}' is a file, but no model.", remedy=f"Models are folders of runs and files that end in {_NAMED}."
+    )
+
+
+def _structure_of(path: Path) -> Structure:
+    return read_packed(path).structure if path.suffix == SUFFIX else read_structure(path)[0]
 
 
 def _open_saved(path: Path, inputs: tuple[Input, ...], task: TaskSpec | None, maker: str | None) -> Source:
-    structure = read_packed(path).structure if path.suffix == SUFFIX else read_structure(path)[0]
-    builder = structure.builder
+    """Open a saved model; with a maker, make its module by that instead of by what the file names."""
+    structure = _structure_of(path)
+    builder, found = structure.builder, inputs or structure.inputs
+    if maker is None and builder.kind != "built-in":
+        return _open_graph(path, structure, found)
 
     def fresh() -> nn.Module:
-        if builder.kind == "built-in":
-            return build(builder.name, TaskSpec.model_validate(builder.task), **builder.overrides)
-        if maker is None:
-            raise ConfigError(
-                f"'{path}' holds a model made by '{builder.name}': code that is not run because a file names it.",
-                remedy=f"If you trust it, pass --model {builder.name}",
-            )
+        if builder.kind == "built-in" and maker in (None, builder.name):
+            return make(builder, path)
+        assert maker is not None
+        if maker in NAMES:
+            return load_model(maker, task=task or _task_for(maker, found))
         return load_model(maker, task=task)
 
     original = fresh()
+    if maker is not None:
+        _check_same(original, builder, maker, path)
     before = Blueprint.of(original)
-    found = inputs or structure.inputs
-    model, coded = load(path, original), _codes_of(path, structure)
+    try:
+        model = load(path, original)
+    except ArtifactError as error:
+        if maker is None:
+            raise
+        raise ArtifactError(f"'{path}' holds '{builder.name}', not '{maker}': {error.message}") from None
+    coded = _codes_of(path, structure)
     grids = _grids_of(path) if coded else {}
     return Source(model, found, before, builder, structure.ledger_head, fresh, coded=coded, grids=grids)
+
+
+def _open_graph(path: Path, structure: Structure, inputs: tuple[Input, ...]) -> Source:
+    """Open a saved model of the user's own class by the graph in its file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if path.suffix == SUFFIX or PROGRAM not in read_header(path).metadata:
+        raise not_run(structure.builder, path)
+    model = load(path)
+    return Source(model, inputs, Blueprint.of(model), structure.builder, structure.ledger_head)
+
+
+def _check_same(made: nn.Module, builder: Builder, maker: str, path: Path) -> None:
+    """Refuse to put the weights of one network into another.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if builder.kind == "built-in":
+        if maker in NAMES and maker != builder.name:
+            raise _another(path, builder.name, maker)
+        saved = type(make(builder, path)).__name__
+    elif builder.kind == "instance":
+        saved = builder.name.rpartition(".")[2]
+    else:
+        return
+    if type(made).__name__ != saved:
+        raise _another(path, builder.name, maker)
+
+
+def _another(path: Path, saved: str, named: str) -> ConfigError:
+    named_as = saved if saved in NAMES else f"the code that makes '{saved}' (package.module:function)"
+    return ConfigError(
+        f"'{path}' holds the weights of '{saved}', not of '{named}'.", remedy=f"Name {named_as}, or pass other weights."
+    )
 
 
 def _codes_of(path: Path, structure: Structure) -> Mapping[str, CodedTensor]:

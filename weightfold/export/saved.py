@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file as load_file_tensors
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from weightfold import __version__
-from weightfold.artifact import Builder, Input, Structure, read_structure, write_bytes, write_json
-from weightfold.artifact.format import check_tensors, to_metadata
+from weightfold.artifact import Builder, Input, Structure, read_header, read_structure, write_bytes, write_json
+from weightfold.artifact.format import KEY, check_tensors, to_metadata
 from weightfold.artifact.header import fingerprint
 from weightfold.artifact.packed import SUFFIX
 from weightfold.blueprint import Blueprint, rebuild_, state_tensors
-from weightfold.data import load_weights_
+from weightfold.data.checkpoint import check_names, load_weights_, put_tensors_, read_tensors
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export.bounded import build_named
 from weightfold.export.embedded import PROGRAM, program_module
+from weightfold.export.reshape import reshape_
 from weightfold.fingerprint import fingerprint as model_fingerprint
+from weightfold.quant.clustered import KEY as CLUSTERED
+from weightfold.quant.clustered import read_clustered
 from weightfold.runtime import SUFFIXES, load_file
 
 STRUCTURE_FILE = "structure.json"
@@ -31,7 +34,7 @@ def save_model(
     model: nn.Module,
     path: str | Path,
     *,
-    before: Blueprint,
+    before: Blueprint | None,
     builder: Builder,
     inputs: Sequence[Input] = (),
     ledger_head: str | None = None,
@@ -42,7 +45,7 @@ def save_model(
     Args:
         model: the module to save.
         path: the file, replaced if it exists.
-        before: the blueprint of the same module before any edit.
+        before: the blueprint of the same module before any edit; None where nobody knows it.
         builder: how that module is made.
         inputs: an example of what the model takes.
         ledger_head: hash of the last entry of the run's ledger.
@@ -61,18 +64,19 @@ def save_model(
 
 def structure_of(
     model: nn.Module,
-    before: Blueprint,
+    before: Blueprint | None,
     builder: Builder,
     inputs: Sequence[Input] = (),
     ledger_head: str | None = None,
 ) -> Structure:
     """Take down what must be known besides the tensors to rebuild a module; see `save_model`."""
     now = Blueprint.of(model)
-    sizes, attributes = before.changes_to(now)
+    sizes, attributes = now.as_it_is() if before is None else before.changes_to(now)
     return Structure(
         builder=builder,
         sizes=sizes,
         attributes=attributes,
+        complete=before is None,
         aliases=dict(now.aliases),
         inputs=tuple(inputs),
         ledger_head=ledger_head,
@@ -86,14 +90,15 @@ def write_structure(structure: Structure, folder: Path) -> None:
     write_json(folder / STRUCTURE_FILE, structure.model_dump(mode="json"))
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> Any:
+def load(path: str | Path, model: nn.Module | None = None, example: Any = None) -> Any:
     """Load a model that weightfold saved, with the shapes that it had then, or a file that it exported.
 
     Args:
         path: `model.safetensors`, a packed file `.wfp`, or the folder of a run that holds one; `.onnx`, `.pt2`, or the
-            `.xml` of an OpenVINO IR.
-        model: for a model that is not built in: an instance as it was made before any edit. It is changed in place.
-            Without one, a file that `weightfold export` wrote gives its graph as a module.
+            `.xml` of an OpenVINO IR; with `model` also any file of tensors: a state dict, what `palettize` saved.
+        model: for a model that is not built in: an instance as it was made before any edit. It is changed in place, its
+            widths too. Without one, a file that was saved with an example input gives its graph as a module.
+        example: of the model's input, for a state dict of folded widths that does not say how it is made.
     Returns:
         model: a module on the CPU, in evaluation mode; for `.onnx` and `.xml` a `weightfold.runtime.Loaded`, which runs
             the file in its runtime and is called like the module.
@@ -121,6 +126,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
         from weightfold.export.packed import load_packed
 
         return load_packed(file, model)
+    if model is not None and not is_structured(file):
+        load_state_(model, file, example)
+        return model.eval()
+    return _load_structured(file, model)
+
+
+def is_structured(file: Path) -> bool:
+    """Whether a file says how its model is built; one that is missing or foreign does not."""
+    return file.suffix == ".safetensors" and file.is_file() and KEY in read_header(file).metadata
+
+
+def _load_structured(file: Path, model: nn.Module | None) -> nn.Module:
     structure, header = read_structure(file)
     check_tensors(structure, header, file)
     if fingerprint(file, header, structure.aliases) != structure.fingerprint:
@@ -136,6 +153,30 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
     rebuild_(made, structure, str(file))
     load_weights_(made, file)
     return made.eval()
+
+
+def load_state_(model: nn.Module, path: str | Path, example: Any = None) -> None:
+    """Put a file of tensors into a model, with the widths that they have in the file.
+
+    Args:
+        model: as it was made; changed in place.
+        path: what `weightfold.data.load_weights_` reads, or a file of clustered tensors.
+        example: what `trace` takes, or a list of `Input`, to tell what folded widths mean.
+    Raises:
+        ArtifactError: the file cannot be read, holds code, or does not fit the model; names the tensor.
+    """
+    path = Path(path)
+    tensors = read_state(path)
+    check_names(model, tensors, path)
+    reshape_(model, tensors, str(path), example)
+    put_tensors_(model, tensors, path)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file, clustered ones as their values."""
+    if path.suffix == ".safetensors" and path.is_file() and CLUSTERED in read_header(path).metadata:
+        return read_clustered(path)
+    return read_tensors(path)
 
 
 def model_file(path: str | Path) -> Path:
@@ -156,7 +197,15 @@ def make(builder: Builder, file: Path) -> nn.Module:
     """
     if builder.kind == "built-in":
         return build_named(builder, str(file), file.stat().st_size)
-    raise ConfigError(
+    raise not_run(builder, file)
+
+
+def not_run(builder: Builder, file: Path) -> ConfigError:
+    """Say that a file names code, and how to name it oneself."""
+    name = builder.name if builder.kind == "function" else f"MODULE:{builder.name}"
+    where = "" if builder.kind == "function" else f", where MODULE.py is the file that defines {builder.name}"
+    return ConfigError(
         f"'{file}' holds a model made by '{builder.name}': code that is not run because a file names it.",
-        remedy="Make the model as it was before any edit and pass it along (model=..., on the command line --model).",
+        remedy=f"If you trust it, pass --model {name}{where}; in Python weightfold.load(path, model), with the model "
+        "as it was made before any edit.",
     )

@@ -41,7 +41,7 @@ def _shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
-def _sync_module(module: nn.Module, blocks: bool, rows_before: int | None, changes: list[Change]) -> None:
+def sync_module(module: nn.Module, blocks: bool, rows_before: int | None, changes: list[Change]) -> None:
     if isinstance(module, nn.modules.conv._ConvNd):
         _sync_conv(module, blocks, rows_before, changes)
         return
@@ -100,7 +100,7 @@ def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequenc
         if id(owner) not in owners or name.endswith("weight"):
             owners[id(owner)] = (owner, name)
     for owner, name in owners.values():
-        _sync_module(owner, group.kind == "blocks", rows.get(name), changes)
+        sync_module(owner, group.kind == "blocks", rows.get(name), changes)
     for path, name, factor in group.attributes:
         set_attribute(model.get_submodule(path), name, int(edit.n_after * factor), changes)
 

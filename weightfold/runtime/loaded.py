@@ -58,6 +58,10 @@ class Loaded:
     slots: tuple[Slot, ...]
     run: Callable[[list[Array]], list[Array]]
 
+    def eval(self) -> Loaded:
+        """Itself: a file computes as in evaluation mode."""
+        return self
+
     @property
     def any_batch(self) -> bool:
         """Whether every input's first size is free."""

@@ -37,7 +37,9 @@ def load_file(path: str | Path, *, threads: int | None = None) -> Any:
 
         return load_openvino(path, threads=threads)
     if path.suffix == ".pt2":
-        return load_program(path).module()
+        from weightfold.runtime.graphs import graph_module
+
+        return graph_module(load_program(path))
     raise ConfigError(f"No runtime loads '{path}'.", remedy=nearest(path.suffix, SUFFIXES))
 
 
