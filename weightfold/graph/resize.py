@@ -24,7 +24,7 @@ from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.sizes import owner_of
-from weightfold.graph.trace import Example, _user_line, arguments, meta_tensor, quiet, structural_copy, trace
+from weightfold.graph.trace import Example, arguments, meta_tensor, quiet, structural_copy, trace, user_line
 
 Attribute = tuple[str, str, Fraction]
 REMEDY = "Derive the size from the tensor (-1, x.shape) or from an attribute of the module."
@@ -331,7 +331,7 @@ def _forward_problem(twin: nn.Module, example: Example) -> str:
         if "meta" in str(error).lower() or "data-dependent" in str(error).lower() or "item()" in str(error):
             return ""
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"has its size written down{_user_line(error)}: {text[:200]}"
+        return f"has its size written down{user_line(error)}: {text[:200]}"
     return ""
 
 

@@ -1,19 +1,13 @@
 """Trace any `nn.Module` into a `ChannelGraph`.
 
-`torch.export` (non-strict, no decompositions) gives the operators; `rules` say what each does to channels; `build`
-takes the connected components. Nothing of the model is touched: a structural copy that shares its tensors is traced.
+`export` gives the operators; `rules` say what each does to channels; `build` takes the connected components. Nothing of
+the model is touched: a structural copy that shares its tensors is traced.
 """
 
 from __future__ import annotations
 
-import copy
-import linecache
-import logging
 import operator
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -23,177 +17,30 @@ from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
-from weightfold.errors import TraceError
 from weightfold.graph import rules
 from weightfold.graph.build import Builder
-from weightfold.graph.constants import export_with_constant_branches
+from weightfold.graph.copies import flush_caches, meta_tensor, structural_copy
+from weightfold.graph.export import Example, arguments, export_program, quiet
+from weightfold.graph.failures import source_line, user_line
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
 from weightfold.graph.solve import OUTPUT, solve
 
-PARTIAL_WRITES = frozenset({"copy", "add", "sub", "mul", "div", "addcmul", "lerp", "masked_fill", "where"})
-"""Operators whose in-place form, on a view, changes a part of a tensor by what another tensor holds."""
+__all__ = [
+    "Example",
+    "arguments",
+    "canonical_names",
+    "export_program",
+    "flush_caches",
+    "meta_tensor",
+    "quiet",
+    "structural_copy",
+    "trace",
+    "user_line",
+]
 
 RULES_MUST_NOT_FAIL: ContextVar[bool] = ContextVar("RULES_MUST_NOT_FAIL", default=False)
 """Let an exception inside a rule through instead of freezing what the operator meets: set by the tests."""
-
-Example = Any
-"""One tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
-
-
-def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that an example stands for."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if (
-        isinstance(example, tuple)
-        and len(example) == 2
-        and isinstance(example[0], tuple)
-        and isinstance(example[1], dict)
-    ):
-        return example
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
-
-
-def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> nn.Module:
-    """Copy the modules but not the tensors, and leave hooks behind.
-
-    Args:
-        tensor: what to put in place of each parameter and buffer (the identity shares them; a meta copy costs nothing).
-    """
-    memo: dict[int, Any] = {}
-    for source in (*model.parameters(), *model.buffers()):
-        memo[id(source)] = tensor(source)
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise TraceError(
-            f"The model '{type(model).__name__}' cannot be copied: {error}",
-            remedy="Keep locks, files and generators out of the module's attributes.",
-        ) from error
-    for module in twin.modules():
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, hooks).clear()
-    flush_caches(twin)
-    return twin
-
-
-def flush_caches(model: nn.Module) -> None:
-    """Let modules that keep tensors computed from their weights in eval mode (and drop them in `train`) drop them."""
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        if type(module).train is not nn.Module.train:
-            module.train(True)
-    for module, training in modes.items():
-        module.training = training
-
-
-def meta_tensor(source: Tensor) -> Tensor:
-    """A tensor without storage of the same kind."""
-    empty = torch.empty_like(source, device="meta")
-    if isinstance(source, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=source.requires_grad)
-    return empty
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the tracer's side effects away: RNG state, warnings, the fused attention path, gradients."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL + 1)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        yield
-
-
-def export_program(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
-    """Export a structural copy of a model.
-
-    Raises:
-        TraceError: the forward fails on the example, or branches on data.
-    """
-    args, kwargs = arguments(example)
-    twin = structural_copy(model)
-    config = getattr(twin, "config", None)
-    if config is not None and getattr(config, "use_cache", None):
-        config.use_cache = False
-    with quiet():
-        try:
-            program = torch.export.export(twin, args, kwargs, strict=False)
-            return program.run_decompositions({}) if _writes_through_views(program.graph_module) else program
-        except Exception as error:
-            if _is_branch(error) and (program := _along_constants(twin, args, kwargs)) is not None:
-                return program
-            raise _explain(model, error) from error
-
-
-def _along_constants(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    try:
-        return export_with_constant_branches(twin, args, kwargs)
-    except Exception:  # whatever it is, the first refusal says more
-        return None
-
-
-def _is_branch(error: Exception) -> bool:
-    kind = type(error).__name__
-    return "GuardOnDataDependent" in kind or "data-dependent" in str(error).lower() or "DynamicOutputShape" in kind
-
-
-def _writes_through_views(module: torch.fx.GraphModule) -> bool:
-    """Whether values are written into parts of a tensor: then the program is rewritten without such writes."""
-    return any(
-        rules.node_name(node) in PARTIAL_WRITES and rules.in_place(node) and _is_view(node.args[0])
-        for part in module.modules()
-        if isinstance(part, torch.fx.GraphModule)
-        for node in part.graph.nodes
-        if node.op == "call_function" and node.args and isinstance(node.args[0], torch.fx.Node)
-    )
-
-
-def _explain(model: nn.Module, error: Exception) -> TraceError:
-    text = str(error).strip().split("\n")[0][:300]
-    kind = type(error).__name__
-    where = _user_line(error)
-    name = type(model).__name__
-    if _is_branch(error):
-        return TraceError(
-            f"The forward of '{name}' branches on the values of a tensor{where}: {text}",
-            remedy="Move the branch out of the forward, or replace it by torch.where / torch.cond.",
-        )
-    return TraceError(
-        f"The forward of '{name}' fails on the example{where}: {kind}: {text}",
-        remedy="Pass an example with the shapes and types that the model takes in training.",
-    )
-
-
-def _user_line(error: BaseException) -> str:
-    """The last line of user code in a traceback, as " (file:line: code)"."""
-    frame, found = error.__traceback__, ""
-    while frame is not None:
-        file = frame.tb_frame.f_code.co_filename
-        if not re.search(r"[\\/](torch|weightfold)[\\/]", file) and not file.startswith("<"):
-            code = linecache.getline(file, frame.tb_lineno).strip()
-            found = f" ({file}:{frame.tb_lineno}: {code})"
-        frame = frame.tb_next
-    return found
-
-
-def source_line(node: torch.fx.Node) -> str:
-    """Where in the user's code an operator comes from, as " (file:line: code)"."""
-    text = node.meta.get("stack_trace") or ""
-    hits = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', text)
-    if not hits:
-        return ""
-    own = [hit for hit in hits if not re.search(r"[\\/]torch[\\/]", hit[0])]
-    file, line, code = (own or hits)[-1]
-    return f" ({file}:{line}: {code.strip()})"
 
 
 def canonical_names(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -291,7 +138,7 @@ class Interpreter:
             _forget_numbers(env)
         env[target] = result
         base, unary = target, len(rules.values_in(args)) == 1
-        while base.op == "call_function" and _is_view(base) and isinstance(base.args[0], torch.fx.Node):
+        while base.op == "call_function" and rules.is_view(base) and isinstance(base.args[0], torch.fx.Node):
             step, base = base, base.args[0]
             if not unary and not _seen_by_others(base, step):
                 continue
@@ -314,10 +161,6 @@ def _forget_numbers(env: dict[torch.fx.Node, Any]) -> None:
     for node, value in env.items():
         if isinstance(value, Value) and value.known is not None:
             env[node] = replace(value, known=None)
-
-
-def _is_view(node: torch.fx.Node) -> bool:
-    return node.target is operator.getitem or rules.node_name(node) in rules.MOVES
 
 
 def _seen_by_others(base: torch.fx.Node, step: torch.fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """One small rule per operator; a file per family of operators."""
 
 from weightfold.graph.rules import convolution, moves, pointwise, products, recurrent, reductions
-from weightfold.graph.rules.core import MOVES, RULES, in_place, node_name, rule, shapes_of, unknown, values_in
+from weightfold.graph.rules.core import MOVES, RULES, in_place, is_view, node_name, rule, shapes_of, unknown, values_in
 from weightfold.graph.rules.dispatch import apply_rule
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "apply_rule",
     "convolution",
     "in_place",
+    "is_view",
     "moves",
     "node_name",
     "pointwise",

@@ -8,6 +8,7 @@ everything that it touches.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -99,6 +100,11 @@ def in_place(node: torch.fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__") and name != "detach_"
 
 
+def is_view(node: torch.fx.Node) -> bool:
+    """Whether a node's result may lie in the memory of its first argument."""
+    return node.target is operator.getitem or node_name(node) in MOVES
+
+
 def module_path(node: torch.fx.Node) -> str | None:
     """Path of the innermost module that the node belongs to."""
     stack = node.meta.get("nn_module_stack")
@@ -119,5 +125,6 @@ def shapes_of(node: torch.fx.Node) -> Any:
 def unknown(store: Store, node: torch.fx.Node, *args: Any, **kwargs: Any) -> Any:
     """Freeze everything that meets an operator without a rule."""
     for value in values_in(list(args) + list(kwargs.values())):
-        store.freeze(value, f"meets the operator '{node.target}', which has no rule")
+        name = node.target if isinstance(node.target, torch._ops.OpOverload) else node_name(node)
+        store.freeze(value, f"meets the operator '{name}', which has no rule")
     return shapes_of(node)
