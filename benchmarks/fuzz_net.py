@@ -22,7 +22,7 @@ LONGEST = 64
 MOST_CHANNELS, MOST_NUMBERS = 40, 1500
 """Feature maps above this size get no further pieces."""
 STARTS = (IMAGE, SEQUENCE, VECTOR, "tokens")
-ENDS = ("plain", "plain", "tuple", "list", "dict", "nested", "object")
+ENDS = ("plain",) * 12 + ("tuple", "list", "dict", "nested") * 2 + ("object",)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weightfold.errors import EditError
 from weightfold.graph import optim
 from weightfold.graph.edit import Edit
-from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
+from weightfold.graph.group import EDITS, Axis, ChannelGraph, ChannelGroup, Gauge
 from weightfold.graph.layout import Layout, edited, from_front, gauge_factors, layout, to_front
 from weightfold.graph.sizes import sync_sizes
 from weightfold.graph.trace import flush_caches
@@ -360,15 +360,19 @@ def _moved_index(index: Tensor, plan: Layout, size: int) -> Tensor:
     return target[index]
 
 
-def _slabs_moved(axis: Axis, rows: Layout, n_rows: int) -> Axis:
-    """Follow the slabs of a grouped convolution when whole groups of its rows move or go."""
-    depth, width = n_rows // axis.slabs, axis.size // axis.slabs
-    slabs = rows.size // depth
-    target = torch.full((axis.slabs + 1,), -1, dtype=torch.long)
-    target[rows.source[::depth] // depth] = torch.arange(slabs)
-    slab = target[torch.where(axis.index >= 0, axis.index // width, axis.slabs)]
-    index = torch.where(slab >= 0, slab * width + axis.index % width, -1)
-    return replace(axis, index=index, size=slabs * width, slabs=slabs)
+def _move_of(axis: Axis, group: ChannelGroup, plans: Mapping[tuple[str, int, int], Layout]) -> Layout | None:
+    """How an edit lays out an axis of another group; None where it leaves it alone.
+
+    Whole groups of a grouped convolution's rows take their slabs along.
+    """
+    rows = plans.get((axis.tensor, 0, 1))
+    if axis.slabs == 1 or rows is None or group.kind != "blocks":
+        return plans.get((axis.tensor, axis.dim, axis.slabs))
+    depth, width = group.axis(axis.tensor, 0).size // axis.slabs, axis.size // axis.slabs
+    source = (rows.source[::depth] // depth)[:, None] * width + torch.arange(width)
+    return Layout(
+        source.flatten(), rows.channel[::depth].repeat_interleave(width), torch.zeros(source.numel(), dtype=torch.long)
+    )
 
 
 def _renumbered(
@@ -376,54 +380,116 @@ def _renumbered(
 ) -> ChannelGroup | None:
     if other is group:
         return _renumbered_self(group, edit, plans)
-    axes = []
-    for axis in other.axes:
-        plan = plans.get((axis.tensor, axis.dim, axis.slabs))
-        rows = plans.get((axis.tensor, 0, 1))
-        if axis.slabs > 1 and rows is not None and group.kind == "blocks":
-            axes.append(_slabs_moved(axis, rows, group.axis(axis.tensor, 0).size))
-        else:
-            axes.append(axis if plan is None else replace(axis, index=_moved_index(axis.index, plan, axis.size)))
-    alive = torch.zeros(other.n_channels, dtype=torch.bool)
-    for axis in axes:
-        alive |= (axis.index >= 0).any(1)
-    for old, new in zip(other.axes, axes, strict=True):
-        lost = (old.index >= 0).any(1) & ~(new.index >= 0).any(1)
-        alive &= ~lost
-    if not bool(alive.any()):
+    moves = [_move_of(axis, group, plans) for axis in other.axes]
+    rows = _rows_after(other, group, edit, moves)
+    tables = [
+        axis.index[[c for c, _ in rows]] if plan is None else _followed(axis.index, plan, axis.size, rows)
+        for axis, plan in zip(other.axes, moves, strict=True)
+    ]
+    alive = torch.stack([(table >= 0).any(1) for table in tables]).any(0)
+    for axis, table in zip(other.axes, tables, strict=True):
+        alive &= ~((axis.index >= 0).any(1)[[c for c, _ in rows]] & ~(table >= 0).any(1))
+    rows = [row for row, lives in zip(rows, alive.tolist(), strict=True) if lives]
+    if not rows:
         return None
-    moves = {(old.tensor, old.dim, old.slabs): (old, new) for old, new in zip(other.axes, axes, strict=True)}
-    number = torch.cumsum(alive, 0) - 1
-    gauges = []
-    for gauge in other.gauges:
-        keep = alive[gauge.channel]
-        moved = [(t, d, moves[t, d, s][1].slabs, e, _carried(i[keep], *moves[t, d, s])) for t, d, s, e, i in gauge.axes]
-        gauges.append(replace(gauge, channel=number[gauge.channel[keep]], axes=tuple(moved)))
-    block = None
-    if other.block is not None:
-        block = torch.unique(other.block[alive], return_inverse=True)[1]
-        block = block if int(block.max()) > 0 else None
-    return replace(
-        other,
-        n_channels=int(alive.sum()),
-        axes=tuple(replace(a, index=_trim(a.index[alive])) for a in axes),
-        block=block,
-        gauges=tuple(gauges),
-    )
+    axes = [
+        replace(axis, index=_trim(_in_order(other, table[alive])), **_slabs_after(axis, plan))
+        for axis, table, plan in zip(other.axes, tables, moves, strict=True)
+    ]
+    gauges = tuple(_gauge_followed(gauge, other, rows, moves) for gauge in other.gauges)
+    moved = replace(other, n_channels=len(rows), axes=tuple(axes), block=_blocks_after(other, rows), gauges=gauges)
+    copied = len({c for c, _ in rows}) < len(rows)
+    if copied and any(plan is None for plan in moves):
+        return moved.without(set(EDITS), "has a part outside of blocks that were copied: trace the model again")
+    return moved
 
 
-def _carried(index: Tensor, old: Axis, new: Axis) -> Tensor:
-    """Positions of an axis, followed to where the axis' own table says that they went."""
-    target = torch.full((old.size + 1,), -1, dtype=torch.long)
-    have = old.index >= 0
-    target[old.index[have]] = new.index[have]
-    return _trim(target[index])
+def _in_order(group: ChannelGroup, index: Tensor) -> Tensor:
+    """A block moves as it lies, with what is no part of it inside (the columns of a grouped convolution); the places of
+    a channel keep their order."""
+    return torch.sort(index, 1).values if group.kind == "blocks" else index
+
+
+def _slabs_after(axis: Axis, plan: Layout | None) -> dict[str, int]:
+    if axis.slabs == 1 or plan is None:
+        return {}
+    return {"size": plan.size, "slabs": plan.size * axis.slabs // axis.size}
+
+
+Rows = Sequence[tuple[int, int]]
+"""Channels of a group after blocks of another were edited: (old channel, the new block that it lies in or -1)."""
+
+
+def _rows_after(other: ChannelGroup, group: ChannelGroup, edit: Edit, moves: Sequence[Layout | None]) -> Rows:
+    """A channel inside a single block is copied with it; one that several blocks share stays one channel."""
+    if group.kind != "blocks" or torch.unique(edit.carry).numel() == edit.n_after:
+        return [(c, -1) for c in range(other.n_channels)]
+    lies, several = torch.full((other.n_channels,), -1), torch.zeros(other.n_channels, dtype=torch.bool)
+    for axis, plan in zip(other.axes, moves, strict=True):
+        if plan is None:
+            continue
+        block = torch.full((axis.size + 1,), -1)
+        mine = plan.channel >= 0
+        block[plan.source[mine]] = edit.carry[plan.channel[mine]]
+        for column in block[axis.index].T:
+            several |= (column >= 0) & (lies >= 0) & (lies != column)
+            lies = torch.where(column >= 0, column, lies)
+    copies = [(edit.carry == b).nonzero().flatten().tolist() for b in range(edit.n_channels)]
+    inside = torch.where(several, -1, lies).tolist()
+    return [(c, k) for c, b in enumerate(inside) for k in (copies[b] if b >= 0 else [-1])]
+
+
+def _followed(index: Tensor, plan: Layout, size: int, rows: Rows) -> Tensor:
+    """Positions of channels through a layout: each goes wherever its contents went, -1 where they are gone.
+
+    A channel that stays one takes all copies of its positions; a copy takes those in its own block.
+    """
+    if torch.unique(plan.source).numel() == plan.size and all(k < 0 for _, k in rows):
+        return _moved_index(index, plan, size)
+    owner, slot = (torch.full((size + 1,), -1) for _ in range(2))
+    have = index >= 0
+    owner[index[have]] = torch.arange(index.shape[0])[:, None].expand_as(index)[have]
+    slot[index[have]] = torch.arange(index.shape[1]).expand_as(index)[have]
+    places: list[list[int]] = [[] for _ in rows]
+    number = {row: k for k, row in enumerate(rows)}
+    for at in torch.argsort(slot[plan.source], stable=True).tolist():
+        c = int(owner[plan.source[at]])
+        row = number.get((c, int(plan.channel[at])), number.get((c, -1)))
+        if row is not None:
+            places[row].append(at)
+    most = max(map(len, places), default=0)
+    return torch.tensor([p + [-1] * (most - len(p)) for p in places], dtype=torch.long).reshape(len(rows), most)
+
+
+def _gauge_followed(gauge: Gauge, other: ChannelGroup, rows: Rows, moves: Sequence[Layout | None]) -> Gauge:
+    """The freedoms of another group's gauge follow its channels, each with every copy."""
+    of: dict[int, list[int]] = {}
+    for f, channel in enumerate(gauge.channel.tolist()):
+        of.setdefault(channel, []).append(f)
+    freedoms = [(f, n, k) for n, (c, k) in enumerate(rows) for f in of.get(c, ())]
+    inner = [(f, k) for f, _, k in freedoms]
+    axes = []
+    for t, d, s, exponent, index in gauge.axes:
+        at = next(i for i, a in enumerate(other.axes) if (a.tensor, a.dim, a.slabs) == (t, d, s))
+        axis, plan = other.axes[at], moves[at]
+        table = index[[f for f, _ in inner]] if plan is None else _followed(index, plan, axis.size, inner)
+        axes.append((t, d, _slabs_after(axis, plan).get("slabs", s), exponent, _trim(table)))
+    return replace(gauge, channel=torch.tensor([n for _, n, _ in freedoms], dtype=torch.long), axes=tuple(axes))
+
+
+def _blocks_after(other: ChannelGroup, rows: Rows) -> Tensor | None:
+    """Blocks of another group's channels: those in copies of a block are blocks of their own."""
+    if other.block is None:
+        return None
+    old = other.block[[c for c, _ in rows]]
+    keys = torch.stack([old, torch.tensor([k for _, k in rows])], 1)
+    block = torch.unique(keys, dim=0, return_inverse=True)[1]
+    return block if int(block.max()) > 0 else None
 
 
 def _trim(index: Tensor) -> Tensor:
-    """Drop slots that no channel has any more; close gaps."""
-    index = torch.sort(torch.where(index < 0, torch.iinfo(torch.long).max, index), 1).values
-    index = torch.where(index == torch.iinfo(torch.long).max, -1, index)
+    """Close gaps, in the order of the slots, and drop slots that no channel has any more."""
+    index = index.gather(1, torch.argsort((index < 0).byte(), dim=1, stable=True))
     return index[:, (index >= 0).any(0)] if index.shape[1] > 1 else index
 
 
@@ -436,8 +502,11 @@ def _renumbered_self(group: ChannelGroup, edit: Edit, plans: Mapping[tuple[str, 
         index[plan.channel[mine], plan.slot[mine]] = mine
         axes.append(replace(axis, index=index))
     gauges = [g for gauge in group.gauges if (g := _gauge_after(gauge, group, edit, plans)) is not None]
+    lost = {"rescale" if g.kind == "positive" else "sign" for g in group.gauges} - {
+        "rescale" if g.kind == "positive" else "sign" for g in gauges
+    }
     return replace(
-        group,
+        group.without(lost, "some channels were copied, and freedoms that are not one for each channel end there"),
         n_channels=edit.n_after,
         axes=tuple(axes),
         block=None if group.block is None else group.block[edit.carry],
