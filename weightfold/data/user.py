@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,11 @@ from torch import nn
 from weightfold import models
 from weightfold.config import nearest
 from weightfold.data.checkpoint import check_finite, load_weights_, read_tensors
+from weightfold.data.foreign import read_config
 from weightfold.data.optional import require
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.models import TaskSpec
+from weightfold.models.bounded import Bounded
 
 
 def load_model(
@@ -113,7 +114,12 @@ def _current_folder_first() -> Iterator[None]:
 
 
 def _from_hugging_face(folder: Path) -> nn.Module:
-    config = _read_config(folder)
+    config = read_config(folder / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise ArtifactError(
+            f"'{folder}' holds an adapter ('adapter_config.json'), whose base model would be looked up elsewhere.",
+            remedy="Merge it where it was trained: model.merge_and_unload().save_pretrained(folder).",
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ArtifactError(
@@ -123,8 +129,10 @@ def _from_hugging_face(folder: Path) -> nn.Module:
         check_finite(read_tensors(file), file)
     transformers = require("transformers", "Loading a Hugging Face folder", extra="hf")
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
-    maker = getattr(transformers, architecture, None) or transformers.AutoModel
-    with _quiet(transformers.utils.logging):
+    maker = getattr(transformers, architecture, None)
+    if not (isinstance(maker, type) and issubclass(maker, transformers.PreTrainedModel)):
+        maker = transformers.AutoModel
+    with _quiet(transformers.utils.logging), Bounded(sum(file.stat().st_size for file in files)):
         try:
             model, info = maker.from_pretrained(
                 folder,
@@ -138,22 +146,6 @@ def _from_hugging_face(folder: Path) -> nn.Module:
             raise ArtifactError(f"'{folder}' cannot be loaded as {architecture}: {_reason(error)}") from None
     _check_loading_info(info, folder)
     return model
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"'{path}' cannot be read: {error}", remedy="Pass a folder that model.save_pretrained(folder) wrote."
-        ) from None
-    if "auto_map" in config:
-        raise ArtifactError(
-            f"'{path}' asks for code that comes with the model ('auto_map'); it is not run.",
-            remedy="Write a function that builds the model, and pass package.module:function with the weights file.",
-        )
-    return config
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from weightfold.artifact.format import KEY, check_tensors, to_metadata
 from weightfold.artifact.header import fingerprint
 from weightfold.artifact.packed import SUFFIX
 from weightfold.blueprint import Blueprint, rebuild_, state_tensors
-from weightfold.data.checkpoint import check_names, load_weights_, put_tensors_, read_tensors
+from weightfold.data.checkpoint import check_names, fitted_names, load_weights_, put_tensors_, read_tensors
 from weightfold.errors import ArtifactError, ConfigError
 from weightfold.export.bounded import build_named
 from weightfold.export.embedded import PROGRAM, program_module
@@ -166,7 +166,7 @@ def load_state_(model: nn.Module, path: str | Path, example: Any = None) -> None
         ArtifactError: the file cannot be read, holds code, or does not fit the model; names the tensor.
     """
     path = Path(path)
-    tensors = read_state(path)
+    tensors = fitted_names(model.state_dict(), read_state(path))
     check_names(model, tensors, path)
     reshape_(model, tensors, str(path), example)
     put_tensors_(model, tensors, path)

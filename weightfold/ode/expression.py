@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -12,6 +13,10 @@ Terms = dict[Monomial, float]
 
 _TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|(\*\*|[-+*/^(),]))")
 MAX_POWER = 64
+MAX_DEGREE = 4096
+"""The largest power of a variable in a monomial."""
+_FREE_TERMS, _TERMS_A_CHARACTER = 1 << 14, 64
+"""Monomials that an expression may be multiplied out to, and more for each of its characters."""
 
 
 def parse(text: str, values: Mapping[str, float], where: str) -> Terms:
@@ -27,7 +32,10 @@ def parse(text: str, values: Mapping[str, float], where: str) -> Terms:
         {(('x', 2),): 3.0, (('x', 1),): -0.5, (('x', 1), ('y', 1)): 0.5}
     """
     reader = _Reader(text, values, where)
-    found = reader.sum()
+    try:
+        found = reader.sum()
+    except RecursionError:
+        raise DataError(f"{where}: its brackets are nested too deeply.", remedy="Multiply some of them out.") from None
     if reader.at < len(reader.tokens):
         raise reader.unreadable()
     return {monomial: c for monomial, c in found.items() if c != 0}
@@ -104,7 +112,7 @@ class _Reader:
             operator = self.take()[0]
             right = self.power()
             if operator == "*":
-                out = _multiplied(out, right)
+                out = self.multiplied(start, out, right)
                 continue
             if any(monomial for monomial, c in right.items() if c != 0):
                 raise self.not_polynomial(start, "divides by a variable")
@@ -122,16 +130,44 @@ class _Reader:
         self.take()
         exponent = self.signed()
         value = exponent.get((), 0.0)
-        if any(exponent) or ((value != int(value) or value < 0) and any(base)):
+        if any(exponent) or ((not value.is_integer() or value < 0) and any(base)):
             raise self.not_polynomial(start, "has a power that is not a whole number from 0 on")
         if not any(base):
-            return {(): base.get((), 0.0) ** value}
+            return {(): self.finite_power(start, base.get((), 0.0), value)}
         if value > MAX_POWER:
             raise self.not_polynomial(start, f"has a power above {MAX_POWER}")
         out: Terms = {(): 1.0}
         for _ in range(int(value)):
-            out = _multiplied(out, base)
+            out = self.multiplied(start, out, base)
         return out
+
+    def multiplied(self, start: int, a: Terms, b: Terms) -> Terms:
+        """The product of two polynomials, unless the text is too short for so many terms."""
+        most = _FREE_TERMS + _TERMS_A_CHARACTER * len(self.text)
+        if len(a) * len(b) > 4 * most:
+            raise self.not_polynomial(start, f"has more than {most:,} terms")
+        out: Terms = {}
+        for left, c in a.items():
+            for right, d in b.items():
+                powers = dict(left)
+                for name, power in right:
+                    powers[name] = powers.get(name, 0) + power
+                    if powers[name] > MAX_DEGREE:
+                        raise self.not_polynomial(start, f"has a power above {MAX_DEGREE}")
+                monomial = tuple(sorted(powers.items()))
+                out[monomial] = out.get(monomial, 0.0) + c * d
+        if len(out) > most:
+            raise self.not_polynomial(start, f"has more than {most:,} terms")
+        return out
+
+    def finite_power(self, start: int, base: float, exponent: float) -> float:
+        try:
+            value = base**exponent
+        except (OverflowError, ZeroDivisionError):
+            value = math.inf
+        if isinstance(value, complex) or not math.isfinite(value):
+            raise self.not_polynomial(start, "is no finite number")
+        return value
 
     def signed(self) -> Terms:
         if self.peek() in ("+", "-"):
@@ -143,7 +179,10 @@ class _Reader:
         start = self.at
         token, kind, _ = self.take()
         if kind == 1:
-            return {(): float(token)}
+            value = float(token)
+            if not math.isfinite(value):
+                raise self.not_polynomial(start, "is no finite number")
+            return {(): value}
         if kind == 2 and self.peek() == "(":
             depth = 0
             while True:
@@ -165,15 +204,3 @@ class _Reader:
             return self.signed()
         self.at -= 1
         raise self.unreadable()
-
-
-def _multiplied(a: Terms, b: Terms) -> Terms:
-    out: Terms = {}
-    for left, c in a.items():
-        for right, d in b.items():
-            powers = dict(left)
-            for name, power in right:
-                powers[name] = powers.get(name, 0) + power
-            monomial = tuple(sorted(powers.items()))
-            out[monomial] = out.get(monomial, 0.0) + c * d
-    return out

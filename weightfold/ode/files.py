@@ -20,7 +20,7 @@ import numpy as np
 
 from weightfold.artifact.files import write_bytes
 from weightfold.errors import ConfigError, DataError
-from weightfold.ode.expression import Terms, number, parse
+from weightfold.ode.expression import MAX_DEGREE, Terms, number, parse
 from weightfold.ode.system import Monomial, PolynomialSystem
 
 Parameters = Literal["values", "variables"]
@@ -153,7 +153,10 @@ def _species(side: str, line: str) -> dict[str, int]:
         match = _SPECIES.match(part)
         if match is None:
             raise DataError(f"'{part.strip()}' of the reaction '{line}' is no species.", remedy="Write 'A' or '2*A'.")
-        out[match[2]] = out.get(match[2], 0) + int(match[1] or 1)
+        count = int(match[1] or 1) if len(match[1] or "") < 6 else MAX_DEGREE + 1
+        out[match[2]] = out.get(match[2], 0) + count
+        if out[match[2]] > MAX_DEGREE:
+            raise DataError(f"The reaction '{line[:80]}' takes more than {MAX_DEGREE} of '{match[2]}'.")
     return out
 
 

@@ -146,9 +146,10 @@ def test_an_adapter_names_its_base(tmp_path: Path) -> None:
         lambda s: {"model": s, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}},
         lambda s: {"model_state_dict": s, "loss": 0.5},
         lambda s: {"state_dict": {"model": s}},
+        lambda s: {"ema": s},
     ],
 )
-@pytest.mark.parametrize("ending", ["pt", "pth", "bin"])
+@pytest.mark.parametrize("ending", ["pt", "pth", "bin", "ckpt"])
 def test_checkpoints_are_unwrapped(tmp_path: Path, wrap: Any, ending: str) -> None:
     state = dict(net().state_dict())
     path = tmp_path / f"a.{ending}"
@@ -159,11 +160,11 @@ def test_checkpoints_are_unwrapped(tmp_path: Path, wrap: Any, ending: str) -> No
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ({"ema": {"w": torch.zeros(2)}}, "'ema' in .* is dict, not a tensor"),
         ({"epoch": 3}, "'epoch' in .* is int"),
         ([torch.zeros(2)], "holds list, not tensors by name"),
         (torch.zeros(2), "holds Tensor, not tensors by name"),
-        ({"model": {}}, "holds dict, not tensors by name"),
+        ({"model": {}}, "'model' in .* is dict, not a tensor"),
+        ({"model": {"w": torch.zeros(2)}, "ema": {"w": torch.zeros(2)}}, "several networks"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_with_what_was_found(tmp_path: Path, content: Any, complaint: str) -> None:

@@ -6,7 +6,6 @@ not | modules | tensors by name
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from weightfold.artifact import Structure, read_header
 from weightfold.artifact.format import KEY, parse_structure
 from weightfold.artifact.format import check_tensors as check_structure
 from weightfold.artifact.packed import SUFFIX as PACKED
+from weightfold.artifact.plain import parse_json
 from weightfold.data.checkpoint import read_tensors
 from weightfold.errors import ArtifactError
 from weightfold.export.card import run_facts
@@ -28,7 +28,7 @@ from weightfold.fingerprint import digest
 from weightfold.zoo.exchange.readme import front_matter
 from weightfold.zoo.storage.contents import check_tensors
 
-ENDINGS = (".safetensors", ".pt", ".pth", ".bin", PACKED)
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", PACKED)
 _NAMELESS = ("model", "pytorch_model", "checkpoint", "weights", "adapter_model", "last", "best", "final")
 KEPT = ("config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "README.md")
 _LARGEST_KEPT = 1 << 20
@@ -311,7 +311,7 @@ def _text(path: Path) -> str | None:
 
 def _json(text: str, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise ArtifactError(f"'{path}' is no JSON: {error}.", remedy="Copy the folder again.") from None
     return value if isinstance(value, dict) else {}
