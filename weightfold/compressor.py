@@ -35,11 +35,12 @@ from weightfold.gate import Batch, Loss, check_enough, check_probe, compare
 from weightfold.graph import optim
 from weightfold.graph.apply import Companion
 from weightfold.graph.group import ChannelGraph
-from weightfold.graph.resize import with_sizes
+from weightfold.graph.proof import prepared
 from weightfold.graph.trace import Example, trace
+from weightfold.graph.twin import modes_that_run
 from weightfold.history import Event, in_words, network_record
 from weightfold.ledger import Ledger
-from weightfold.methods.base import Method, Moment, Proposal, Refused
+from weightfold.methods.base import Method, Moment, Proposal, Refused, touched_groups
 from weightfold.ranks import Ranks, check_whole, rewrapped, uncompiled, unwrapped
 from weightfold.size import parameters
 from weightfold.surgeon import Surgeon, check_shapes, fits
@@ -110,6 +111,7 @@ class Compressor:
         self._ranks = Ranks.of(model) if ranks is None else ranks
         self._step = 0
         self._surgeon: Surgeon | None = None
+        self._modes: tuple[bool, ...] = ()
         self._watcher = Watcher(model)
         self._watch: Watch | None = None
         self._updates = Updates(self.model)
@@ -162,7 +164,10 @@ class Compressor:
         optim.assert_live(self.model, optimizers)
         traced = trace(self.model, self.example)
         remember(self.model, self.example)
-        self._surgeon = surgeon = Surgeon(self.model, with_sizes(self.model, self.example, traced))
+        touched = touched_groups(traced, self.methods)
+        graph = prepared(self.model, self.example, graph=traced, names=touched)
+        self._modes = graph.proved.flags or modes_that_run(self.model, self.example)
+        self._surgeon = surgeon = Surgeon(self.model, graph)
         surgeon.attach(optimizers, averaged)
         if self.loss is not None and self.probe:
             check_probe(self.model, self.probe, self.loss)
@@ -389,7 +394,10 @@ class Compressor:
 
     @property
     def _gate(self) -> Gate:
-        return Gate(self.probe, self.loss, self.max_increase, self.check, self._watcher.autocast, self._clock)
+        autocast = self._watcher.autocast
+        return Gate(
+            self.probe, self.loss, self.max_increase, self.example, self._modes, self.check, autocast, self._clock
+        )
 
     @property
     def _book(self) -> Book:

@@ -112,6 +112,7 @@ def graph_record(graph: ChannelGraph, traced: ChannelGraph) -> dict[str, Any]:
     return {
         "groups": [[g.name, g.kind, g.n_channels, sorted(g.admits)] for g in graph],
         "refused": refused,
+        "proved": str(graph.proved),
         "frozen": [[f.tensor, f.dim, f.n, f.reason] for f in graph.frozen],
     }
 

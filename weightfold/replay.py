@@ -120,7 +120,7 @@ def rebuild(model: nn.Module, example: Example, history: History, get_blob: Blob
         (4, None)
         >>> folder.cleanup()
     """
-    graph = with_sizes(model, example, trace(model, example))
+    graph = with_sizes(model, example, trace(model, example), {change.group for change in history.standing})
     unknown = tuple((entry.seq, entry.kind) for entry in history.entries if entry.kind not in SILENT)
     difference = _first_group(history, graph)
     applied: list[Applied] = []

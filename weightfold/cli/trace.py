@@ -22,18 +22,22 @@ def trace(
     data: Data = None,
     weights: Weights = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every frozen axis.")] = False,
+    unproved: Annotated[bool, typer.Option("--unproved", help="Rules alone: try no edit on the model.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the channel groups of a model: what changes together, which edits are exact, what is frozen and why."""
     import time
 
     from weightfold.graph import trace as trace_model
+    from weightfold.graph.proof import prepared
 
     network, inputs = open_with_example(model, example, data, weights)
     start = time.perf_counter()
-    graph = trace_model(network, inputs)
+    traced = trace_model(network, inputs)
+    seconds = time.perf_counter() - start
+    graph = traced if unproved else prepared(network, inputs, graph=traced)
     facts = collect(graph)
-    facts |= {"model": model, "seconds": time.perf_counter() - start}
+    facts |= {"model": model, "seconds": seconds, "prepare_seconds": time.perf_counter() - start}
     if as_json:
         show.print_json(facts)
     else:
@@ -50,6 +54,8 @@ def collect(graph: Any) -> dict[str, Any]:
     return {
         "groups": groups,
         "frozen": frozen,
+        "proved": str(graph.proved),
+        "withdrawn": [{"group": g, "trial": kind, "reason": why} for g, kind, why in graph.proved.withdrawn],
         "totals": {
             "groups": len(groups),
             "channels": sum(group["channels"] for group in channels),
@@ -90,6 +96,9 @@ def print_facts(facts: dict[str, Any], *, verbose: bool) -> None:
         f"{totals['removable_channels']:,} removable; {totals['frozen_axes']} frozen axes. "
         f"Traced in {facts['seconds']:.2f} s."
     )
+    console.print(f"{facts['proved'][0].upper()}{facts['proved'][1:]}.")
+    for one in facts["withdrawn"]:
+        console.print(f"[yellow]withdrawn[/] {show.plain(one['reason'])}")
 
 
 def _print_frozen(frozen: list[dict[str, Any]], *, verbose: bool) -> None:

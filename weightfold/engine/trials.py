@@ -15,6 +15,7 @@ from weightfold.engine.book import Book
 from weightfold.engine.clock import Clock
 from weightfold.errors import EditError
 from weightfold.gate import Batch, Loss, Reading, compare, losses
+from weightfold.graph.twin import why_not
 from weightfold.history import Event, attempt_record
 from weightfold.methods.base import Proposal
 from weightfold.surgeon import Surgeon, Trial
@@ -28,6 +29,8 @@ class Gate:
         probe: fixed batches (inputs, targets); without them nothing is measured.
         loss: what is measured on them.
         max_increase: how much one event may raise the probe loss (its upper 95 % bound).
+        example: what the network was traced with; its forward is tried on it after an edit.
+        modes: modes in which its forward ran before: False for evaluation, True for training.
         check: looks at the network after edits that the probe lets pass, and says why it may not be so.
         autocast: the mixed precision that training uses.
     """
@@ -35,6 +38,8 @@ class Gate:
     probe: Sequence[Batch]
     loss: Loss | None
     max_increase: float
+    example: Any
+    modes: Sequence[bool]
     check: Callable[[nn.Module], str] | None
     autocast: Callable[[], AbstractContextManager[Any]]
     clock: Clock
@@ -44,6 +49,11 @@ class Gate:
         assert self.loss is not None
         with self.clock.on("gate"):
             return losses(model, self.probe, self.loss, self.autocast)
+
+    def broken(self, model: nn.Module) -> str:
+        """Why the network does not run as it is now; empty where it does."""
+        with self.clock.on("gate"):
+            return why_not(model, self.example, self.modes)
 
     def refusal(self, model: nn.Module, reading: Reading | None) -> str:
         """Why the network may not be as it is now; empty where it may."""
@@ -129,8 +139,10 @@ class Trials:
                         after, undo = self.hands.attempt(edit, graph)
                         done.append(Trial(proposal, edit, graph, after, undo))
                         graph = after
-            reading = compare(before, self._losses()) if before else None
-            reason = self.gate.refusal(self.hands.model, reading)
+            reading, reason = None, self.gate.broken(self.hands.model)
+            if not reason:
+                reading = compare(before, self._losses()) if before else None
+                reason = self.gate.refusal(self.hands.model, reading)
         except EditError as error:
             self.hands.restore([trial.undo for trial in done])
             return None, [], error.message

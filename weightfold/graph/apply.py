@@ -32,8 +32,8 @@ class Undo:
     reset: list[str] = field(default_factory=list)
     shifted: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
-    def restore(self) -> None:
-        """Put everything back."""
+    def restore(self, *, flush: bool = True) -> None:
+        """Put everything back; ``flush`` as in `apply`."""
         for model, name, old in reversed(self.tensors):
             put_tensor(find_tensor(model, name)[2], old)
         for optimizer, model, name, state in reversed(self.optimizer):
@@ -42,7 +42,7 @@ class Undo:
             mapping[name] = old
         for owner, name, value in reversed(self.attributes):
             setattr(owner, name, value)
-        for model, _ in self.by_module():
+        for model, _ in self.by_module() if flush else ():
             flush_caches(model)
 
     def by_module(self) -> list[tuple[nn.Module, dict[str, Tensor]]]:
@@ -219,6 +219,8 @@ def apply(
     edit: Edit,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     companions: Sequence[Companion] = (),
+    *,
+    flush: bool = True,
 ) -> tuple[ChannelGraph, Undo]:
     """Apply one edit in place, everywhere that the group reaches.
 
@@ -226,6 +228,7 @@ def apply(
         model: the traced module.
         optimizers: their state follows; gradients of edited parameters become None.
         companions: averaged copies of the model, edited alike.
+        flush: whether modules drop what they computed from their weights; of many edits in a row, the last must.
     Returns:
         The graph of the edited model, and what is needed to take the edit back.
     Raises:
@@ -241,7 +244,8 @@ def apply(
     """
     group = graph[edit.group]
     check(model, group, edit)
-    flush_caches(model)
+    if flush:
+        flush_caches(model)
     beside = [find_tensor(model, name)[2] for name in graph.followers]
     optim.assert_live(model, optimizers, beside)
     new_graph = after(graph, edit)
@@ -327,9 +331,11 @@ def after(graph: ChannelGraph, edit: Edit) -> ChannelGraph:
     if not edit.resizes and torch.equal(edit.carry, torch.arange(group.n_channels)):
         return graph
     groups = []
+    edited = {tensor for tensor, _, _ in plans}
     for other in graph.groups:
-        edited = {tensor for tensor, _, _ in plans}
-        touched = other is group or any(a.tensor in edited for a in other.axes)
+        touched = other is group or any(
+            (a.tensor, a.dim, a.slabs) in plans or (a.slabs > 1 and a.tensor in edited) for a in other.axes
+        )
         new = _renumbered(other, group, edit, plans) if touched else other
         if new is not None:
             groups.append(new)
@@ -536,8 +542,6 @@ def _gauge_after(gauge: Any, group: ChannelGroup, edit: Edit, plans: Mapping[tup
         where = torch.full((edit.n_after, axis.index.shape[1]), -1, dtype=torch.long)
         where[plan.channel[mine], plan.slot[mine]] = mine
         old = axis.index[edit.carry]
-        belongs = torch.stack(
-            [(row[:, None] == index[freedom[c]][None, :]).any(1) for row, c in zip(old, edit.carry, strict=True)]
-        )
+        belongs = (old[:, :, None] == index[freedom[edit.carry]][:, None, :]).any(2)
         axes.append((t, d, s, e, _trim(torch.where(belongs & (old >= 0), where, -1))))
     return replace(gauge, channel=torch.arange(edit.n_after), axes=tuple(axes))

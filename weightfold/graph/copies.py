@@ -376,11 +376,11 @@ def _own_tensors(twin: nn.Module) -> Iterator[None]:
 
 def flush_caches(model: nn.Module) -> None:
     """Let modules that keep tensors computed from their weights in eval mode (and drop them in `train`) drop them."""
-    modes = {module: module.training for module in model.modules()}
+    own = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    modes = [(part, part.training) for module in own for part in module.modules()]
     try:
-        for module in modes:
-            if type(module).train is not nn.Module.train:
-                module.train(True)
+        for module in own:
+            module.train(True)
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for part, training in modes:
+            part.training = training

@@ -6,13 +6,11 @@ Run it in float64: then an admitted edit changes the output by rounding alone, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from weightfold.graph import edit as edits
@@ -21,36 +19,7 @@ from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.layout import from_front, to_front
 from weightfold.graph.trace import Example, arguments
-
-
-class Doubled(TorchFunctionMode):
-    """Inside, whatever asks for float32, float16 or bfloat16 gets float64: models that upcast to float32 in the middle
-    of their forward compute in float64 throughout."""
-
-    LOW = (torch.float32, torch.float16, torch.bfloat16)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise_up = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in self.LOW else a  # noqa: E731
-        args = tuple(raise_up(a) for a in args)
-        kwargs = {k: raise_up(v) for k, v in (kwargs or {}).items()}
-        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
-            func = torch.Tensor.double
-        out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.dtype in self.LOW:
-            return out.double()
-        return out
-
-
-@contextmanager
-def float64() -> Iterator[None]:
-    """Compute in float64, whatever the model asks for."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Doubled(), torch.no_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+from weightfold.graph.twin import float64 as float64
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:

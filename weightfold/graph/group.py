@@ -122,10 +122,44 @@ class Frozen:
     reason: str
 
 
+@dataclass(frozen=True)
+class Proof:
+    """Whether the admitted edits of a graph were run on the model, and what that showed; true if they were.
+
+    Args:
+        modes: "evaluation", "training": those whose outputs were compared.
+        groups: names of the groups that were tried.
+        withdrawn: (group, kind of trial, reason) of what the rules had admitted and the model refuted.
+        left_out: why there was no proof, or which part of it is missing; empty where nothing is.
+    """
+
+    modes: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    withdrawn: tuple[tuple[str, str, str], ...] = ()
+    left_out: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.modes)
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """The modes as modules have them: True for training."""
+        return tuple(mode == "training" for mode in self.modes)
+
+    def __str__(self) -> str:
+        if not self:
+            return f"not proved: {self.left_out}"
+        also = f" (without {self.left_out})" if self.left_out else ""
+        n = len(self.withdrawn)
+        lost = f"; {n} kinds of edit withdrawn" if n else ""
+        return f"{len(self.groups)} groups proved on this model in {' and '.join(self.modes)}{also}{lost}"
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """What of a model is a channel: its groups, what is frozen and why.
 
+    ``proved`` says whether the admitted edits were run on the model (`weightfold.graph.proof`).
     ``followers`` names tensors that methods hold beside the weights and that every edit reaches; averaged copies and
     files do not hold them.
 
@@ -144,6 +178,7 @@ class ChannelGraph:
     operators: tuple[str, ...] = ()
     constants: tuple[float, ...] = ()
     followers: frozenset[str] = frozenset()
+    proved: Proof = Proof(left_out="the admitted edits are those of the rules; none was run")
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)

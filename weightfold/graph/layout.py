@@ -70,6 +70,8 @@ def _run_starts(index: Tensor, size: int) -> Tensor:
     """First position of the run that each position lies in: a stretch that every channel holds without a gap (a window
     that was flattened). Neighbours in one channel alone are no run: two orders of the same channels may meet there."""
     start = torch.arange(size)
+    if index.shape[1] == 1:
+        return start
     none = torch.iinfo(torch.long).max
     ordered = torch.sort(torch.where(index < 0, none, index), 1).values
     head = ordered.clone()

@@ -1,10 +1,10 @@
-"""Can a group change its size? Cut one channel on a copy without storage, run the forward again, compare.
+"""Can a group change its size? Cut silent channels on a generic copy, run the forward again, compare the outputs.
 
 A forward may derive sizes from its tensors, from attributes of its modules (``num_heads``, ``split_size``), or write
 them down (``x.view(-1, 512)``). The first needs nothing. For the second the attributes that must follow are found by
-trying. The third is refused with file, line and remedy. A trial counts as passed only if tracing the cut copy gives the
-graph that the edit predicts, with the same operators and the same constants: a slice at a written-down position, or a
-scale that silently follows the size, is caught as well.
+trying. The third is refused with file, line and remedy. A width that enters the arithmetic (a mean over channels, a
+scale of 1 / sqrt(C)) shows in the outputs. Where no copy can run (no storage, too large), the cut copy is traced again
+and must give the graph that the edit predicts, with the same operators and constants (`retrace`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from weightfold.errors import EditError, GraphError, TraceError
-from weightfold.graph import edit as edits
-from weightfold.graph.apply import apply
 from weightfold.graph.group import ChannelGraph, ChannelGroup
+from weightfold.graph.retrace import Bench, retraced
 from weightfold.graph.sizes import owner_of
-from weightfold.graph.trace import Example, arguments, meta_tensor, quiet, structural_copy, trace, user_line
+from weightfold.graph.trace import Example, trace
+from weightfold.graph.trials import (
+    FIRST,
+    LAST,
+    SILENT,
+    SPLIT,
+    UNREAD,
+    Finding,
+    Trials,
+    kinds_of,
+    smallest_block,
+    trials_on,
+    waves,
+)
+from weightfold.graph.twin import Limits, copy_within
 
 Attribute = tuple[str, str, Fraction]
 REMEDY = "Derive the size from the tensor (-1, x.shape) or from an attribute of the module."
 MAX_TRIALS = 48
 """Trials per kind of group before giving up."""
-TRUE_COPY_BYTES = 512 * 2**20
-"""Models up to this size are tried on a true copy."""
 
 
 @dataclass(frozen=True)
@@ -42,109 +50,127 @@ class Outcome:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where trials run: small models on a true copy, large ones on a copy without storage."""
-
-    model: nn.Module
-    example: Example
-    meta: bool
-
-    @classmethod
-    def of(cls, model: nn.Module, example: Example) -> Bench:
-        size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        args, kwargs = arguments(example)
-        if size <= TRUE_COPY_BYTES:
-            return cls(model, (args, kwargs), meta=False)
-        return cls(model, pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs)), meta=True)
-
-    def twin(self) -> nn.Module:
-        return structural_copy(self.model, meta_tensor if self.meta else _cloned)
-
-
-def _cloned(source: Tensor) -> Tensor:
-    copy = source.detach().clone()
-    return nn.Parameter(copy, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else copy
-
-
-def unit_change(group: ChannelGroup, at: int = -1) -> edits.Edit | None:
-    """Remove one channel of every block; where a single one would be left, which is no group any more, copy it.
-
-    Args:
-        at: which of each block: -1 the last, 0 the first.
-    Returns:
-        None when a block has a single channel.
-    """
-    block = torch.zeros(group.n_channels, dtype=torch.long) if group.block is None else group.block
-    chosen = [int((block == b).nonzero()[at]) for b in torch.unique(block)]
-    smallest = int(torch.bincount(block).min())
-    if smallest < 2:
-        return None
-    copies = torch.ones(group.n_channels, dtype=torch.long)
-    copies[chosen] = 0 if smallest > 2 else 2
-    carry = torch.repeat_interleave(torch.arange(group.n_channels), copies)
-    return edits.Edit(group.name, "trial", group.n_channels, carry)
-
-
-def with_sizes(model: nn.Module, example: Example, graph: ChannelGraph) -> ChannelGraph:
+def with_sizes(
+    model: nn.Module, example: Example, graph: ChannelGraph, names: Collection[str] | None = None
+) -> ChannelGraph:
     """The same graph with the attributes that must follow each group's size, and `remove`/`merge` revoked where the
-    forward has a size written down.
+    forward has a size written down or computes with it.
 
     Args:
         model: the traced module; it is not touched.
         example: what it was traced with.
+        names: groups to look at; all by default.
     """
-    candidates = [g.name for g in graph if "remove" in g.admits and unit_change(g) is not None]
-    bench = Bench.of(model, example)
-    if bench.meta:
-        plain = trace(bench.twin(), bench.example)
-        graph = replace(graph, operators=plain.operators, constants=plain.constants)
-    if not _trial_all(bench, graph, candidates):
+    twin = copy_within(model, example, Limits())
+    sizer = Sizer(model, example, None if isinstance(twin, str) else trials_on(twin))
+    return sizer.sized(graph, [g.name for g in graph if names is None or g.name in names])
+
+
+class Sizer:
+    """Finds what must follow the sizes of groups.
+
+    Args:
+        model: the traced module; it is not touched.
+        trials: on a copy of the model that runs; None where there is none.
+    """
+
+    def __init__(self, model: nn.Module, example: Example, trials: Trials | None) -> None:
+        self.model = model
+        self.trials = trials
+        self.bench = Bench.of(model, example)
+
+    def sized(self, graph: ChannelGraph, names: Sequence[str]) -> ChannelGraph:
+        """The graph with the attributes of the named groups, and without the cuts that no attribute makes right."""
+        graph = self.cut(graph, names)
+        return self._grown(graph, [n for n in names if "merge" in graph[n].admits])
+
+    def _grown(self, graph: ChannelGraph, names: Sequence[str]) -> ChannelGraph:
+        """Revoke `merge` where a copied channel changes the outputs: a split is the inverse of a merge."""
+        if self.trials is None:
+            return graph
+        for wave in waves(graph, names):
+            if self.trials.run(graph, [(name, SPLIT) for name in wave], LAST) is None:
+                continue
+            for name in wave:
+                if finding := self.trials.run(graph, [(name, SPLIT)], LAST):
+                    graph = _replaced(graph, graph[name].without({"merge"}, _in_words(finding)))
         return graph
-    solved: dict[Any, Outcome] = {}
-    kinds: dict[Any, list[str]] = {}
-    for name in candidates:
-        key = kind_of(model, graph[name])
-        kinds.setdefault(key, []).append(name)
-        if key not in solved:
-            solved[key] = _solve(bench, graph, name)
-    graph = _with_outcomes(graph, kinds, solved)
-    good = [name for key, names in kinds.items() if solved[key].attributes is not None for name in names]
-    if good and _trial_all(bench, graph, good):
-        return _one_by_one(bench, graph, good)
-    return graph
 
+    def cut(self, graph: ChannelGraph, names: Sequence[str]) -> ChannelGraph:
+        """The same; growth is not looked at."""
+        names = [n for n in names if "remove" in graph[n].admits and smallest_block(graph[n]) > 1]
+        if self.trials is None and self.bench.meta:
+            plain = trace(self.bench.twin(), self.bench.example)
+            graph = replace(graph, operators=plain.operators, constants=plain.constants)
+        if not self._problem(graph, names):
+            return graph
+        solved: dict[Any, Outcome] = {}
+        kinds: dict[Any, list[str]] = {}
+        for name in names:
+            key = kind_of(self.model, graph[name])
+            kinds.setdefault(key, []).append(name)
+            if key not in solved:
+                solved[key] = self._solve(graph, name)
+        graph = _with_outcomes(graph, kinds, solved)
+        good = [name for key, some in kinds.items() if solved[key].attributes is not None for name in some]
+        if good and self._problem(graph, good):
+            return self._one_by_one(graph, good)
+        return graph
 
-def _trial_all(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
-    """Try many groups with few traces: those that share no axis and no attribute are cut together."""
-    waiting = list(names)
-    while waiting:
-        now = _disjoint(graph, waiting)
-        problem = _trial(bench, graph, now)
-        if problem:
+    def _one_by_one(self, graph: ChannelGraph, names: Sequence[str]) -> ChannelGraph:
+        for name in names:
+            if self._problem(graph, [name]):
+                graph = self._searched(graph, name)
+        return graph
+
+    def _searched(self, graph: ChannelGraph, name: str) -> ChannelGraph:
+        """A group to which the attributes of its like do not apply: its own, or none."""
+        outcome = self._solve(graph, name)
+        if outcome.attributes is None:
+            return _revoked(graph, name, outcome.problem)
+        return _replaced(graph, replace(graph[name], attributes=outcome.attributes))
+
+    def _solve(self, graph: ChannelGraph, name: str) -> Outcome:
+        """Find the attributes that must follow one group."""
+        group = graph[name]
+        problem = self._problem(graph, [name])
+        if not problem:
+            return Outcome(())
+        for chosen in _subsets(candidates_of(self.model, group)):
+            attempt = _replaced(graph, replace(group, attributes=chosen))
+            if not self._problem(attempt, [name]):
+                return Outcome(chosen)
+        return Outcome(None, self._explained(graph, name, problem))
+
+    def _problem(self, graph: ChannelGraph, names: Sequence[str]) -> str:
+        """Why some groups cannot be cut, all at once; empty where they can."""
+        for wave in waves(graph, names):
+            if problem := self._seen(graph, wave):
+                return problem
+        return ""
+
+    def _seen(self, graph: ChannelGraph, names: Sequence[str]) -> str:
+        if self.trials is None:
+            return retraced(self.bench, graph, names)
+        cuts = {name: next((k for k in (SILENT, UNREAD) if k in kinds_of(graph[name])), None) for name in names}
+        items = [(name, kind) for name, kind in cuts.items() if kind is not None]
+        for which in (LAST, FIRST) if items else ():
+            if finding := self.trials.run(graph, items, which):
+                return _in_words(finding)
+        blind = [name for name, kind in cuts.items() if kind is None]
+        return retraced(self.bench, graph, blind) if blind else ""
+
+    def _explained(self, graph: ChannelGraph, name: str, problem: str) -> str:
+        """Say why outputs change, where a second trace tells."""
+        if self.trials is None or "written down" in problem:
             return problem
-        waiting = [name for name in waiting if name not in now]
-    return ""
+        return retraced(self.bench, graph, [name]) or problem
 
 
-def _disjoint(graph: ChannelGraph, names: Sequence[str]) -> list[str]:
-    """Groups that share no axis and no attribute, so that their trials do not disturb each other."""
-    taken: set[Any] = set()
-    out = []
-    for name in names:
-        mine = {(a.tensor, a.dim) for a in graph[name].axes} | {a[:2] for a in graph[name].attributes}
-        if not mine & taken:
-            out.append(name)
-            taken |= mine
-    return out
-
-
-def _one_by_one(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> ChannelGraph:
-    for name in names:
-        problem = _trial(bench, graph, [name])
-        if problem:
-            graph = _revoked(graph, name, problem)
-    return graph
+def _in_words(finding: Finding) -> str:
+    if finding.failed:
+        return f"has its size written down: {finding.failed}"
+    return f"takes part in a forward that computes with its size: tried on this model, {finding}"
 
 
 def _with_outcomes(graph: ChannelGraph, kinds: dict[Any, list[str]], solved: dict[Any, Outcome]) -> ChannelGraph:
@@ -256,20 +282,6 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"config.{name}", value
 
 
-def _solve(bench: Bench, graph: ChannelGraph, name: str) -> Outcome:
-    """Find the attributes that must follow one group."""
-    group = graph[name]
-    problem = _trial(bench, graph, [name])
-    if not problem:
-        return Outcome(())
-    for chosen in _subsets(candidates_of(bench.model, group)):
-        attempt = _replaced(graph, replace(group, attributes=chosen))
-        trouble = _trial(bench, attempt, [name])
-        if not trouble:
-            return Outcome(chosen)
-    return Outcome(None, problem)
-
-
 def _subsets(attributes: Sequence[Attribute]) -> Iterator[tuple[Attribute, ...]]:
     """All at once, the exact sizes, one by one, pairs, triples: the usual cases first."""
     own = tuple(a for a in attributes if "." not in a[1])
@@ -284,83 +296,3 @@ def _subsets(attributes: Sequence[Attribute]) -> Iterator[tuple[Attribute, ...]]
         if chosen and chosen not in seen:
             seen.add(chosen)
             yield chosen
-
-
-def _trial(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
-    """Cut one unit of every named group on a copy and trace it; "" when all is as predicted, else what is not.
-
-    Once at the end of every group and once at its beginning: what is picked by position shows in one of the two.
-    """
-    return _trial_at(bench, graph, names, -1) or _trial_at(bench, graph, names, 0)
-
-
-def _trial_at(bench: Bench, graph: ChannelGraph, names: Sequence[str], at: int) -> str:
-    twin = bench.twin()
-    expected = graph
-    grown: set[str] = set()
-    try:
-        for name in names:
-            current = next((g for g in expected.groups if g.name == name), None)
-            change = None if current is None else unit_change(current, at)
-            if change is not None:
-                grown |= {name} if change.n_after > change.n_channels else set()
-                expected, _ = apply(twin, expected, change)
-    except (EditError, RuntimeError, AttributeError, ValueError, TypeError) as error:
-        return f"cannot be cut: {str(error).splitlines()[0][:160]}"
-    problem = _forward_problem(twin, bench.example)
-    if problem:
-        return problem
-    try:
-        found = trace(twin, bench.example)
-    except TraceError as error:
-        return f"has its size written down: {error.message[:300]}"
-    except GraphError as error:
-        return f"cannot be traced after a trial cut: {error.message[:200]}"
-    return difference(expected, found, grown)
-
-
-def _forward_problem(twin: nn.Module, example: Example) -> str:
-    """Run the forward without storage: most written-down sizes show at once. What cannot run so is left to tracing."""
-    args, kwargs = arguments(example)
-    try:
-        with quiet(), torch.no_grad():
-            twin(*args, **kwargs)
-    except NotImplementedError:
-        return ""
-    except Exception as error:
-        if "meta" in str(error).lower() or "data-dependent" in str(error).lower() or "item()" in str(error):
-            return ""
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"has its size written down{user_line(error)}: {text[:200]}"
-    return ""
-
-
-def difference(expected: ChannelGraph, found: ChannelGraph, only: Collection[str] = ()) -> str:
-    """The first way in which a traced graph is not the predicted one, or "".
-
-    Args:
-        only: groups to compare where some were grown (others that overlap a copy are not followed); all if empty.
-    """
-    if expected.operators != found.operators:
-        return "takes part in a forward whose operators depend on its size"
-    if len(expected.constants) != len(found.constants):
-        return "takes part in a forward whose constants depend on its size"
-    for a, b in zip(expected.constants, found.constants, strict=True):
-        if abs(a - b) > 1e-12 * max(abs(a), abs(b)):
-            return f"sets a constant of the forward by its size ({a:g} becomes {b:g})"
-    have = {group.name: group for group in found.groups}
-    for group in expected.groups:
-        if group.n_channels < 2 or not group.free or (only and group.name not in only):
-            continue
-        other = have.get(group.name)
-        if other is None or other.n_channels != group.n_channels:
-            return f"is cut at written-down positions (group '{group.name}' falls apart)"
-        mine = {(a.tensor, a.dim, a.slabs): a.index for a in group.axes}
-        theirs = {(a.tensor, a.dim, a.slabs): a.index for a in other.axes}
-        if mine.keys() != theirs.keys() or any(not _same_index(mine[k], theirs[k]) for k in mine):
-            return f"is cut at written-down positions (group '{group.name}' changes its members)"
-    return ""
-
-
-def _same_index(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(torch.sort(a, 1).values, torch.sort(b, 1).values)

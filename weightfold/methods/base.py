@@ -101,6 +101,13 @@ def named_groups(graph: ChannelGraph, pattern: str | None, widths: Collection[st
     return found
 
 
+def touched_groups(graph: ChannelGraph, methods: Sequence[Method]) -> set[str]:
+    """The groups that some methods may edit, and those that share an axis with one of them."""
+    named = {name for method in methods for name in method.touches(graph)}
+    axes = {axis.key for group in graph if group.name in named for axis in group.axes}
+    return {group.name for group in graph if any(axis.key in axes for axis in group.axes)}
+
+
 def check_liked(graph: ChannelGraph, names: Collection[str]) -> None:
     """See that a table of widths was measured on this network.
 
@@ -145,6 +152,11 @@ class Method:
 
     def prepare(self, moment: Moment) -> None:
         """Look at the network before the first batch; raise what can be found wrong now."""
+
+    def touches(self, graph: ChannelGraph) -> Collection[str]:
+        """Names of the groups that the method may edit: those, and what shares an axis with them, are proved first."""
+        named = named_groups(graph, getattr(self.config, "groups", None))
+        return [group.name for group in named if group.admits & {"remove", "merge"}]
 
     def observes(self, step: int, total_steps: int) -> bool:
         """Whether statistics are to be taken during this step (one-shot: step 0 of 0)."""

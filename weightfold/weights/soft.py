@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.errors import GraphError
-from weightfold.graph import ChannelGraph, ChannelGroup, edit, trace
+from weightfold.graph import ChannelGraph, ChannelGroup, edit
 from weightfold.graph.apply import apply, find_tensor
 from weightfold.graph.edit import Edit
+from weightfold.graph.proof import prepared
 from weightfold.graph.trace import Example, structural_copy
 from weightfold.weights.compare import differences, weights_of
 from weightfold.weights.symmetry import Slot, Symmetries, symmetries
@@ -80,7 +81,7 @@ def soft(
         torch.Size([8, 4])
     """
     found = symmetries(a, example) if found is None else found
-    theirs = trace(structural_copy(b).eval(), example)
+    theirs = prepared(structural_copy(b).eval(), example)
     _require_groups(found.graph, theirs, a, b)
     order = [g for g in in_reach(found) if g.kind == "channels" or g.n == theirs[g.name].n_channels]
     edits: dict[str, Edit] = {}

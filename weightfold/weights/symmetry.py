@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from weightfold.graph import ChannelGraph, ChannelGroup, Gauge, trace
+from weightfold.graph import ChannelGraph, ChannelGroup, Gauge
+from weightfold.graph.proof import with_symmetries_proved
 from weightfold.graph.trace import Example, arguments, canonical_names, export_program, structural_copy
 
 LOGITS = "reaches the model's output"
@@ -143,7 +144,7 @@ def symmetries(model: nn.Module, example: Example, *, graph: ChannelGraph | None
         >>> [(f.kind, f.channel.numel()) for f in found.freedoms], found.heads
         ([('scale', 8)], (('2.weight', '2.bias'),))
     """
-    graph = trace(structural_copy(model).eval(), example) if graph is None else graph
+    graph = with_symmetries_proved(structural_copy(model).eval(), example) if graph is None else graph
     _, tensors = canonical_names(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     norms = _norms(model, example, shapes)
