@@ -26,6 +26,8 @@ PROGRAM = "program"
 """Key of the metadata."""
 _MOST = 256
 """Bytes of a graph for each byte that it takes compressed: a hundred equal blocks come to 30."""
+ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+"""Metadata of a node: lines and paths of the machine, names of modules and functions."""
 
 
 def program_text(source: Source) -> str | None:
@@ -38,10 +40,20 @@ def program_text(source: Source) -> str | None:
         return None
     for name, value in list(program.state_dict.items()):
         program.state_dict[name] = _like(value, torch.zeros((), dtype=value.dtype).expand(value.shape))
+    _bare_(program)
     buffer = io.BytesIO()
     with quiet():
         torch.export.save(program, buffer)
     return base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode()
+
+
+def _bare_(program: Any) -> None:
+    """Take off what computes nothing: the inputs that it was traced with, and where each operator came from."""
+    program.example_inputs = None
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            for key in ORIGINS:
+                node.meta.pop(key, None)
 
 
 def program_module(text: str, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
