@@ -20,7 +20,8 @@ from weightfold.runtime import load_file
 def source() -> Source:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
-    return Source(net, (Input(shape=(2, 6)),), Blueprint.of(net), Builder(kind="instance", name="Sequential"))
+    builder = Builder(kind="instance", name="Sequential")
+    return Source(net, (Input(shape=(2, 6)),), Blueprint.of(net), builder, calibration="drawn")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def ready(source: Source, engine: str, folder: Path, name: str, *, threads: int)
         return Ready(path, _saved_bytes(source, path), _module(source), None)
     target = {"torch.compile": "pt2"}.get(engine, engine)
     tolerance = LOOSE if engine == "onnx-int8" else None
+    if engine == "onnx-int8" and not source.real:
+        source = replace(source, calibration="drawn")
     exported = export(source, target, path, tolerance=tolerance)
     run = load_file(path, threads=threads) if engine != "torch.compile" else load_file(path)
     return Ready(path, exported.size_bytes, run, exported.relative_difference)

@@ -64,7 +64,7 @@ def bench(
         from weightfold.cli.export import real_inputs
         from weightfold.data import load
 
-        real = real_inputs(load(data))
+        real = real_inputs(load(data), made)
         made = replace(made, calibration=real)
         original = None if original is None else replace(original, calibration=real)
     with show.progress("bench", quiet=as_json) as update:

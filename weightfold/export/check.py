@@ -37,6 +37,7 @@ class Exported:
         any_batch: whether the file takes batches of any size.
         runtime: what loaded and ran it.
         compared_on: "real inputs" or "drawn inputs".
+        notes: what else is to be known of the file: what was cast, what stays in floats.
     """
 
     path: Path
@@ -49,9 +50,15 @@ class Exported:
     any_batch: bool
     runtime: str
     compared_on: str
+    notes: tuple[str, ...] = ()
 
     @property
     def agreement(self) -> str:
+        """The differences, what was allowed, and the notes, in words."""
+        return "; ".join((self.differences, *self.notes))
+
+    @property
+    def differences(self) -> str:
         """The differences and what was allowed, in words."""
         if self.relative:
             return (
@@ -81,21 +88,41 @@ class Difference:
 
 
 def trials(inputs: Sequence[Input], *, any_batch: bool, real: Sequence[Arguments] = ()) -> list[Arguments]:
-    """The inputs that a file is tried with: real ones where there are any and the file takes their batch.
+    """The inputs that a file is tried with: real ones where there are any that it takes.
 
     Args:
         inputs: what to draw from otherwise.
         any_batch: whether the file takes other batch sizes than the example's.
     """
+    fitting = in_batches(real, None if any_batch else inputs[0].shape[0])
+    if fitting and any_batch:
+        return [_part(fitting[0], 0, size) for size in BATCHES] + fitting[:2]
     sizes = BATCHES if any_batch else (None,)
-    if real and any_batch:
-        return [_first(real[0], size) for size in BATCHES] + list(real[:2])
-    return [draw(inputs, seed=seed, batch=batch) for seed, batch in enumerate(sizes)]
+    return fitting[:2] or [draw(inputs, seed=seed, batch=batch) for seed, batch in enumerate(sizes)]
 
 
-def _first(arguments: Arguments, n: int) -> Arguments:
+def in_batches(real: Sequence[Arguments], size: int | None) -> list[Arguments]:
+    """Cut real inputs into batches of the size that a file takes; what is left over is left out.
+
+    Args:
+        size: None where it takes any.
+    Example:
+        >>> [args[0].tolist() for args, _ in in_batches([((torch.arange(5),), {}), ((torch.arange(1),), {})], 2)]
+        [[0, 1], [2, 3]]
+    """
+    if size is None:
+        return list(real)
+    return [_part(one, at, size) for one in real for at in range(0, _length(one) - size + 1, size)]
+
+
+def _length(arguments: Arguments) -> int:
     args, named = arguments
-    return tuple(value[:n] for value in args), {name: value[:n] for name, value in named.items()}
+    return min((len(value) for value in (*args, *named.values())), default=0)
+
+
+def _part(arguments: Arguments, at: int, n: int) -> Arguments:
+    args, named = arguments
+    return tuple(value[at : at + n] for value in args), {name: value[at : at + n] for name, value in named.items()}
 
 
 def verified(
@@ -120,7 +147,7 @@ def verified(
         sizes: whether to try several batch sizes.
     """
     free = any_batch if any_batch is not None else isinstance(run, Loaded) and run.any_batch
-    arguments = trials(source.inputs, any_batch=free and sizes, real=source.calibration)
+    arguments = trials(source.inputs, any_batch=free and sizes, real=source.real)
     with running(source.model, grids or {}):
         difference = measure(source.model, run, arguments)
     tolerance = rms if rms is not None else (largest or 0.0) * difference.scale
@@ -137,7 +164,9 @@ def verified(
         rms is not None,
         free,
         runtime or (run.runtime if isinstance(run, Loaded) else ""),
-        "real inputs" if source.calibration and free and sizes else "drawn inputs",
+        "real inputs"
+        if in_batches(source.real, None if free and sizes else source.inputs[0].shape[0])
+        else "drawn inputs",
     )
 
 

@@ -100,3 +100,14 @@ def _random(item: Input, shape: tuple[int, ...], generator: torch.Generator) -> 
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(item.high or 2, shape, generator=generator).to(dtype)
+
+
+def as_taken(item: Input, value: Tensor) -> Tensor:
+    """Data in the type of floats that a model takes.
+
+    Example:
+        >>> as_taken(Input(shape=(1, 2), dtype="bfloat16"), torch.ones(3, 2)).dtype
+        torch.bfloat16
+    """
+    dtype = DTYPES[item.dtype]
+    return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() else value

@@ -97,6 +97,19 @@ def constants(model: Any) -> dict[str, Any]:
     return {item.name: item for item in model.graph.initializer}
 
 
+def float_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the stored tensors of floats, by the kind of the first operator that reads each; the largest kinds."""
+    kinds = (1, 10, 11, 16)
+    held = {n: t for n, t in constants(model).items() if t.data_type in kinds and len(t.dims) > 1}
+    found: dict[str, int] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            tensor = held.pop(name, None)
+            if tensor is not None:
+                found[node.op_type] = found.get(node.op_type, 0) + len(tensor.raw_data or tensor.SerializeToString())
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A stored matrix or kernel that a node multiplies by.

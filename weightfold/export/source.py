@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -26,7 +26,8 @@ class Source:
         fresh: makes the module as it was before any edit, where the builder alone cannot.
         coded: the codes behind quantised weights, by name of the tensor.
         grids: learned grids of what layers read, by module path.
-        calibration: real inputs as positional and keyword arguments, for ranges of activations and for comparisons.
+        calibration: real inputs as positional and keyword arguments, for ranges of activations and for comparisons; or
+            "drawn", for random numbers where nothing real is at hand.
         facts: what the model card says of the source: model, data, scores; plain data.
     """
 
@@ -38,5 +39,10 @@ class Source:
     fresh: Callable[[], nn.Module] | None = None
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
     grids: Mapping[str, Grid] = field(default_factory=dict)
-    calibration: Sequence[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = ()
+    calibration: Sequence[tuple[tuple[Tensor, ...], dict[str, Tensor]]] | Literal["drawn"] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def real(self) -> list[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
+        """The real inputs; none where they are to be drawn."""
+        return [] if isinstance(self.calibration, str) else list(self.calibration)

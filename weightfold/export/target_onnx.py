@@ -10,6 +10,8 @@ from weightfold.export.source import Source
 from weightfold.runtime.onnx_runtime import load_onnx
 
 SUFFIX = ".onnx"
+IN_SINGLE = True
+"""Whether the runtime computes in float32 where the model computes in halves."""
 RELATIVE = 1e-4
 
 

@@ -15,6 +15,7 @@ from weightfold.runtime.onnx_runtime import load_onnx
 from weightfold.runtime.require import quiet, require
 
 SUFFIX = ".onnx"
+IN_SINGLE = True
 RELATIVE = 0.01
 _LARGEST = 65504.0
 

@@ -10,6 +10,7 @@ from weightfold.export.source import Source
 from weightfold.runtime.onnx_runtime import load_onnx
 
 SUFFIX = ".onnx"
+IN_SINGLE = True
 BITS = 2
 
 

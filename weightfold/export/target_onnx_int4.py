@@ -20,6 +20,7 @@ from weightfold.runtime.onnx_runtime import load_onnx
 from weightfold.runtime.require import require
 
 SUFFIX = ".onnx"
+IN_SINGLE = True
 BITS = 4
 RELATIVE = 0.3
 """Allowed error of the outputs, as a share of their norm."""
@@ -34,10 +35,12 @@ def write(source: Source, path: Path, *, bits: int = BITS) -> None:
         ExportError: the model has no matrix to narrow.
     """
     model = to_onnx(source)
+    nearest = "onnx-int8, the nearest target that narrows convolutions too" if any(weights(model)) else "onnx"
     if narrow_(model, source, bits) == 0:
         raise ExportError(
-            f"No matrix of this model can be held in {bits} bits: it has no Linear of {LEAST:,} weights or more.",
-            remedy="Export it as onnx-int8, the nearest target that narrows convolutions too.",
+            f"No matrix of this model can be held in {bits} bits: it has no product with a stored matrix of {LEAST:,} "
+            "weights or more, as a Linear becomes.",
+            remedy=f"Export it as {nearest}.",
         )
     save_onnx(model, path)
 

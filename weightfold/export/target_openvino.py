@@ -13,6 +13,7 @@ from weightfold.runtime.openvino_runtime import load_openvino
 from weightfold.runtime.require import quiet, require
 
 SUFFIX = ".xml"
+IN_SINGLE = True
 COMPANIONS = (".bin",)
 RELATIVE = 1e-4
 

@@ -22,10 +22,12 @@ class Slot:
     Args:
         name: as the file calls it.
         shape: sizes; None where any size is taken.
+        dtype: of its numbers, as NumPy calls it; "" where it is not known.
     """
 
     name: str
     shape: tuple[int | None, ...]
+    dtype: str = ""
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Tell whether an input of this shape fits.
@@ -78,7 +80,7 @@ class Loaded:
         for slot in self.slots:
             if slot.name not in left and not values:
                 raise ExportError(f"'{self.path}' needs the input '{slot.name}', which is missing.")
-            value = np.asarray(left.pop(slot.name) if slot.name in left else values.pop(0))
+            value = _array(left.pop(slot.name) if slot.name in left else values.pop(0), slot.dtype)
             if not slot.takes(value.shape):
                 raise ExportError(
                     f"The input '{slot.name}' of '{self.path}' has the shape {_shape(slot.shape)}. "
@@ -98,6 +100,19 @@ class Loaded:
 
             outputs = [torch.from_numpy(np.array(value)) for value in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _array(value: Any, dtype: str) -> Array:
+    """An input as an array; halves, as a module in half precision takes them, become singles where the file has these.
+
+    Example:
+        >>> _array(np.ones(2, np.float16), "float32").dtype, _array(np.ones(2, np.int64), "float32").dtype
+        (dtype('float32'), dtype('int64'))
+    """
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+        value = value.float()
+    found = np.asarray(value)
+    return found.astype(np.float32) if found.dtype == np.float16 and dtype == "float32" else found
 
 
 def _shape(sizes: Sequence[int | None]) -> str:

@@ -10,6 +10,7 @@ from weightfold.errors import ArtifactError, ExportError
 from weightfold.runtime.loaded import Loaded, Slot
 from weightfold.runtime.require import require
 
+_KINDS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 _MISSING = re.compile(r"[Cc]ould not find an implementation for (?:the node )?(?:\S+:)?(\w+)\(\d+\)")
 
 
@@ -41,7 +42,10 @@ def session(data: str | bytes, path: Path, *, threads: int | None = None) -> Loa
         opened = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime raises classes of its own
         raise _refusal(error, path) from error
-    slots = tuple(Slot(item.name, tuple(_size(size) for size in item.shape)) for item in opened.get_inputs())
+    slots = tuple(
+        Slot(item.name, tuple(_size(size) for size in item.shape), _KINDS.get(item.type, ""))
+        for item in opened.get_inputs()
+    )
     names = [slot.name for slot in slots]
 
     def run(values: list[Any]) -> list[Any]:
@@ -60,7 +64,7 @@ def _refusal(error: Exception, path: Path) -> ExportError | ArtifactError:
     if missing:
         return ExportError(
             f"ONNX Runtime has no kernel on the CPU for the operator '{missing[1]}' with these types.",
-            remedy="Convert the model to float32 (model.float()), or export it as pt2, the nearest target that can.",
+            remedy="Compute that in float32 in the model, or export it as pt2, the nearest target that can.",
         )
     if "INVALID_PROTOBUF" in text or "Protobuf parsing failed" in text:
         return ArtifactError(f"'{path}' is no ONNX file, or is cut off.", remedy="Copy or write it again.")
