@@ -54,8 +54,8 @@ HARDLY = 1.05
 """How many times as long as the quickest file a smaller one may take."""
 HARDLY_SMALLER = 0.6
 """Share of the file in floats beyond which it is said what stays float."""
-N_DRAWN = 4
-"""Batches that are drawn where drawn inputs are asked for."""
+N_DRAWN, DRAWN = 4, 32
+"""Batches that are drawn where drawn inputs are asked for, and samples in each."""
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 _MOVES = ("Add", "AveragePool", "Concat", "Flatten", "GlobalAveragePool", "MaxPool", "Pad", "Relu", "Reshape", "Slice")
 _DELICATE = ("LayerNormalization", "Softmax", "RMSNormalization", "GRU", "LSTM")
@@ -222,7 +222,7 @@ def _inputs(source: Source, model: Any) -> list[dict[str, Any]]:
             f"The file takes batches of {size} alone, as the example has them; all to calibrate on are shorter.",
             remedy=f"Pass batches of {size} samples or more, or an example with fewer.",
         )
-    given = given or [draw(source.inputs, seed=seed) for seed in range(N_DRAWN)]
+    given = given or [draw(source.inputs, seed=seed, batch=size or DRAWN) for seed in range(N_DRAWN)]
     return [_named(names, arguments) for arguments in given]
 
 
