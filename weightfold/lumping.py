@@ -108,7 +108,7 @@ def rows_of(model: nn.Module, group: ChannelGroup) -> Rows:
         norm_C * ratio_C.abs(),
         effective is None and fixed is None,
         _constant(model, group, written),
-        (norm_C == 0) & torch.tensor(bool(reads) and not tied and "remove" in group.admits),
+        (norm_C == 0) & torch.tensor(bool(reads) and not (tied or group.read_elsewhere) and "remove" in group.admits),
         ROUNDING * precision,
     )
 
@@ -402,7 +402,7 @@ def _dropped(
     """Channels that go without a representative, and the constants that they leave."""
     reads = group.role("read")
     known = bool(reads) and all(axis.key in constants for axis in reads)
-    if not known or "remove" not in group.admits:
+    if not known or "remove" not in group.admits or group.read_elsewhere:
         return found.unread_C.clone(), {}
     silent = torch.stack([constants[axis.key] == 0 for axis in reads]).all(0)
     movable = all(takes_mean(model, axis) for axis in reads)

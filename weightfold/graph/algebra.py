@@ -15,6 +15,7 @@ from torch import Tensor
 from weightfold.graph.labels import (
     COMPUTED,
     COMPUTED_WRITE,
+    ELSEWHERE,
     FROZEN,
     NO_MERGE,
     NO_REMOVE,
@@ -123,10 +124,11 @@ def _merge_pair(store: Store, a: Field, b: Field, how: str) -> Field:
         store.kill(a)
         store.kill(b)
         labels = _merged_labels(a, b)
-        return Field(labels, torch.zeros_like(labels), torch.zeros_like(labels), 1, loud)
+        return Field(labels, torch.zeros_like(labels), torch.zeros_like(labels), 1, loud, curved=True)
     labels = _merged_labels(a, b)
     pos, sgn = GAUGES[how](store, a, b)
-    return Field(labels, pos.expand(labels.shape), sgn.expand(labels.shape), min(a.level, b.level), loud)
+    level, curved = min(a.level, b.level), how != "add" or a.curved or b.curved
+    return Field(labels, pos.expand(labels.shape), sgn.expand(labels.shape), level, loud, curved)
 
 
 def _alone(store: Store, item: Field, other: Value, how: str) -> Field:
@@ -136,7 +138,7 @@ def _alone(store: Store, item: Field, other: Value, how: str) -> Field:
     if item.level == 1:
         return replace(item, loud=True)
     store.kill(item)
-    return item.without_gauge()
+    return replace(item.without_gauge(), loud=True, curved=True)
 
 
 def _join_blocks(store: Store, rest: Sequence[Field], others: Sequence[Field]) -> None:
@@ -223,6 +225,8 @@ def reduce(store: Store, value: Value, dims: frozenset[int], bits: int, reason: 
             for bit in (NO_MERGE, NO_REMOVE):
                 if bits & bit:
                     store.forbid(value, item, dims, bit, reason)
+            if not keep and (item.loud or not value.state):
+                store.forbid(value, item, dims, ELSEWHERE, reason)
             store.kill(item)
             if keep:
                 fields.append(item.without_gauge())
@@ -339,10 +343,21 @@ def _read_pair(store: Store, left: Value, right: Value, a: Field, b: Field, dims
         store.flag(reader.labels, COMPUTED if computed else READ)
         if computed:
             store.flag(reader.labels, NO_MERGE, "is read by a weight that is computed from others")
+        if reader.curved:
+            store.flag(reader.labels, NO_MERGE, "is read by a weight that is no linear function of its parameter")
+        if reader.loud:
+            store.forbid(
+                right if right.state else left, reader, dims, ELSEWHERE, "is read by a weight that is never zero"
+            )
     else:
         itself = bool(torch.isin(a.labels[a.labels > 0], b.labels.flatten().contiguous()).any())
-        paired = not itself and bool((a.pos != 0).all() and (b.pos != 0).all())
-        store.flag(combine_labels(a.labels, b.labels), PAIRED if paired else NO_MERGE, "is multiplied with itself")
+        linear = not (a.curved or b.curved) and bool((a.pos != 0).all() and (b.pos != 0).all())
+        if linear and not itself:
+            store.flag(combine_labels(a.labels, b.labels), PAIRED)
+        else:
+            for owner, item in ((left, a), (right, b)):
+                store.flag(item.labels, NO_MERGE, "is multiplied with itself")
+                store.forbid(owner, item, dims, ELSEWHERE, "is multiplied with itself")
     big, owner = (a, left) if len(a.support) >= len(b.support) else (b, right)
     for block in owner.blocks():
         for other in (a, b):

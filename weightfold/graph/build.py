@@ -126,6 +126,7 @@ class Builder:
             gauges=tuple(gauges),
             zero_at_zero=not flags & L.OFFSET,
             written=self._written(comps),
+            read_elsewhere=bool(flags & (L.ELSEWHERE | L.ELSEWHERE_IN)),
         )
 
     def _movable(self, rows: Ints, bad: Ints) -> tuple[Ints, Ints, str]:
@@ -283,6 +284,7 @@ class Builder:
             admits=frozenset(verdict.admits),
             reasons=verdict.reasons,
             zero_at_zero=not flags & L.OFFSET,
+            read_elsewhere=bool(flags & L.ELSEWHERE),
         )
 
     def _slab_problem(self, n_blocks: int, block_of_atom: Ints) -> bool:

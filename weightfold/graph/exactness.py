@@ -23,11 +23,13 @@ from weightfold.graph.twin import float64 as float64
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
-    """All floating tensors that the model returns."""
+    """All numbers that the model returns: tensors of any type (indices and masks too), and plain numbers."""
     args, kwargs = arguments(example)
     with torch.no_grad():
         leaves = pytree.tree_leaves(_open(model(*args, **kwargs)))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found = [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor | bool | int | float | complex)]
+    found = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in found]
+    return [leaf if leaf.is_floating_point() else leaf.double() for leaf in found]
 
 
 def _open(value: Any) -> Any:
@@ -37,11 +39,13 @@ def _open(value: Any) -> Any:
 
 
 def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference over the largest magnitude, over all outputs; infinite where shapes or finiteness differ."""
+    """Largest difference over the largest magnitude, over all outputs; infinite where shapes differ or one is not finite
+    where the other is, or no number at all."""
     worst = 0.0
     for x, y in zip(a, b, strict=True):
-        if x.shape != y.shape or not bool(torch.isfinite(y).all()):
+        if x.shape != y.shape or bool(x.isnan().any()) or not torch.equal(x.isfinite(), y.isfinite()):
             return float("inf")
+        x, y = (torch.nan_to_num(v.double(), posinf=2.0, neginf=-2.0) for v in (x, y))
         if x.numel():
             worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)))
     return worst
@@ -175,7 +179,7 @@ def _planted(
         dead = _one_per_block(group, generator, 1) or []
         kinds = [k for k in (True, False) if (group.zero_at_zero or not k) and dead]
         for silent in kinds:
-            if not silent and (not group.role("read") or group.role("both")):
+            if not silent and (not group.role("read") or group.role("both") or group.read_elsewhere):
                 continue
             plant_dead(model, group, dead[0], silent=silent)
             keep = torch.ones(group.n_channels, dtype=torch.bool)

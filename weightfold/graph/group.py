@@ -77,6 +77,8 @@ class ChannelGroup:
         reasons: why an edit is not admitted, with the source line.
         written: lines that name a size or a position of these channels in numbers, as " (file:line: code)".
         attributes: integer attributes of modules that must follow the group's size: (module path, attribute, factor).
+        read_elsewhere: whether more than the axes of role "read" reads the channels: a sum, another output, a weight
+            that is not zero where its parameter is. Then a channel whose reading weights are zero is not unread.
     """
 
     name: str
@@ -90,6 +92,7 @@ class ChannelGroup:
     attributes: tuple[tuple[str, str, Fraction], ...] = ()
     zero_at_zero: bool = True
     written: tuple[str, ...] = ()
+    read_elsewhere: bool = False
 
     @property
     def free(self) -> bool:

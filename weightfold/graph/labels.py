@@ -40,18 +40,22 @@ FOREIGN, UNIFORM, ZERO = 0, -1, -2
     PAIRED,
     COMPUTED,
     COMPUTED_WRITE,
-) = (1 << bit for bit in range(12))
-"""Flags on atoms. ``_IN`` forbids it among the channels of one block and leaves whole blocks alone."""
+    ELSEWHERE,
+    ELSEWHERE_IN,
+) = (1 << bit for bit in range(14))
+"""Flags on atoms. ``_IN`` forbids it among the channels of one block and leaves whole blocks alone. ``ELSEWHERE``: more
+than the columns of weights reads the channel, so it is not unread where these are zero."""
 
-INNER = {FROZEN: FROZEN_IN, NO_REMOVE: NO_REMOVE_IN, NO_MERGE: NO_MERGE_IN}
+INNER = {FROZEN: FROZEN_IN, NO_REMOVE: NO_REMOVE_IN, NO_MERGE: NO_MERGE_IN, ELSEWHERE: ELSEWHERE_IN}
 
 
 @dataclass(frozen=True, eq=False)
 class Field:
     """Labels of one value: arrays with the value's number of dimensions, each dimension full or of size 1.
 
-    ``loud``, of blocks: the value may differ from zero where all that writes a block is zero (the probabilities of a
-    head without queries).
+    ``loud``: the value may differ from zero where all that writes the channel is zero (the probabilities of a head
+    without queries, the exponential of a weight). ``curved``: the value is no linear function of what the channel
+    holds, so two of them do not add up.
     """
 
     labels: Tensor
@@ -59,6 +63,7 @@ class Field:
     sgn: Tensor
     level: int = 0
     loud: bool = False
+    curved: bool = False
 
     @property
     def support(self) -> frozenset[int]:
@@ -71,7 +76,7 @@ class Field:
     def map(self, function: Callable[[Tensor], Tensor]) -> Field:
         """Run a data movement on all three arrays."""
         labels, pos, sgn = (function(array) for array in self.arrays())
-        return Field(labels, pos, sgn, self.level, self.loud)
+        return replace(self, labels=labels, pos=pos, sgn=sgn)
 
     def lifted(self, ndim: int) -> Field:
         """Prepend dimensions of size 1, as broadcasting does."""
@@ -88,7 +93,7 @@ class Value:
 
     ``state`` means: a function of parameters alone. ``uniform``: the same number everywhere; ``zero``: it is 0;
     ``name``: the parameter that this value is, untouched; ``computed``: the result of arithmetic on parameters;
-    ``known``: the numbers themselves, of integers that the forward writes down or counts out.
+    ``known``: the numbers themselves, where the forward makes them from nothing but written-down ones.
     """
 
     shape: tuple[int, ...]
@@ -129,7 +134,7 @@ def compress(item: Field) -> Field | None:
             keep = [a.narrow(d, 0, 1) for a in keep]
     if all(n == 1 for n in keep[0].shape):
         return None
-    return Field(keep[0], keep[1], keep[2], item.level, item.loud)
+    return replace(item, labels=keep[0], pos=keep[1], sgn=keep[2])
 
 
 def kept(store: Store, item: Field) -> list[Field]:

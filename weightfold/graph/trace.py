@@ -100,8 +100,8 @@ class Interpreter:
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._higher_order(node, args, kwargs)
         self.operators.append(str(node.target))
-        self.constants += [float(a) for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, float)]
         result = self._apply(node, args, kwargs)
+        self.constants += rules.numbers_of(node, [*args, *kwargs.values()], result)
         if rules.in_place(node) and node.args:
             self._written(node, env, args, result)
         return result
@@ -240,8 +240,8 @@ def _inputs(
 
 
 def _with_numbers(value: Any, constant: Any) -> Any:
-    """A value with the integers that it is known to hold."""
+    """A value with the numbers that it is known to hold."""
     if not isinstance(value, Value) or not isinstance(constant, Tensor):
         return value
-    known = not (constant.is_meta or constant.is_floating_point() or constant.is_complex())
+    known = not constant.is_meta and constant.numel() <= rules.KNOWN_NUMBERS
     return replace(value, known=constant.detach().cpu()) if known else value

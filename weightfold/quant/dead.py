@@ -1,10 +1,11 @@
 """Channels that a quantised network has no more use for: nobody reads them, or nothing but a constant is written.
 
 A channel is **unread** when every weight that reads it is zero on its grid, and **silent** when every weight that
-writes it is, or its kernel in a depthwise convolution before its only reader. A silent channel is the constant that
-biases and norms make of it. What reads the constant can take it over into its own bias, exactly so where it reads every
-position alike: a linear layer, or a convolution without padding. Padding with zeros reads less at the border, where no
-bias can follow; there the channel has to come to zero by itself first.
+writes it is, or its kernel in a depthwise convolution before its only reader. Where more than weights reads a channel
+(a sum, a second output), neither says that it can go. A silent channel is the constant that biases and norms make of
+it. What reads the constant can take it over into its own bias, exactly so where it reads every position alike: a linear
+layer, or a convolution without padding. Padding with zeros reads less at the border, where no bias can follow; there
+the channel has to come to zero by itself first.
 
 Cséfalvay & Imber (arXiv 2301.13142) fold no constants: they pull the biases to zero and wait.
 """
@@ -94,7 +95,9 @@ def dead_channels(
         constant_C &= (same_C if takes else zero_C) | _zero_along(model, axis, live)
         if takes:
             shift[axis.key] = value_C
-    if any(a.role == "both" for a in group.axes):
+    if group.read_elsewhere:
+        unread_C[:] = False
+    if group.read_elsewhere or group.role("both"):
         constant_C[:] = False
     moved = {key: torch.where(constant_C, value, 0.0).double() for key, value in shift.items()}
     return Dead(

@@ -83,7 +83,8 @@ def redundancy(where: Point, group: Members) -> dict[str, Any]:
     inward, outward = _rows(where, writes, group.n), _rows(where, reads, group.n)
     size_in, size_out = inward.norm(dim=1), outward.norm(dim=1)
     silent = (size_in == 0).nonzero().flatten().tolist() if inward.shape[1] else []
-    unread = (size_out == 0).nonzero().flatten().tolist() if outward.shape[1] else []
+    deaf = outward.shape[1] and not graph_group.read_elsewhere
+    unread = (size_out == 0).nonzero().flatten().tolist() if deaf else []
     both = size_in * size_out
     faint = ((both < FAINT**2 * both.mean()) & (both > 0)).nonzero().flatten().tolist()
     shares = torch.linalg.svdvals(inward).square() if inward.numel() else torch.zeros(0, dtype=torch.float64)

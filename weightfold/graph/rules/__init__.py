@@ -2,9 +2,11 @@
 
 from weightfold.graph.rules import convolution, moves, pointwise, products, recurrent, reductions
 from weightfold.graph.rules.core import MOVES, RULES, in_place, is_view, node_name, rule, shapes_of, unknown, values_in
-from weightfold.graph.rules.dispatch import apply_rule
+from weightfold.graph.rules.dispatch import KNOWN_NUMBERS, apply_rule
+from weightfold.graph.rules.numbers import numbers_of
 
 __all__ = [
+    "KNOWN_NUMBERS",
     "MOVES",
     "RULES",
     "apply_rule",
@@ -13,6 +15,7 @@ __all__ = [
     "is_view",
     "moves",
     "node_name",
+    "numbers_of",
     "pointwise",
     "products",
     "recurrent",

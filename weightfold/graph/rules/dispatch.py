@@ -48,8 +48,8 @@ MINDING_REPEATS = KEEPING - {"slice", "narrow"} | {
 }  # fmt: skip
 """Operators whose rules follow what is the same all along a dimension; the others are not told of it."""
 
-KNOWN_NUMBERS = 1 << 16
-"""Integers that the forward counts out are followed up to this many."""
+KNOWN_NUMBERS = 1 << 18
+"""Numbers that the forward makes from nothing but written-down ones are followed up to this many."""
 
 
 def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -57,7 +57,7 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
     name = node_name(node)
     values = values_in(list(args) + list(kwargs.values()))
     if name in CONSTANTS:
-        return Value(out_shape(node), uniform=True, zero=CONSTANTS[name] == 0)
+        return Value(out_shape(node), uniform=True, zero=CONSTANTS[name] == 0, known=_filled(node, name, args, kwargs))
     if name == "_assert_tensor_metadata":
         return None
     tags = getattr(node.target, "tags", ())
@@ -92,17 +92,34 @@ def out_sizes(node: torch.fx.Node, value: Value, support: frozenset[int]) -> lis
     return [value.shape[d] for d in support] + [n for n in after if n not in value.shape]
 
 
-def _known(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The integers that an operator makes of known ones; None where they are not known, or no integers."""
-    val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor) or val.is_floating_point() or val.numel() > KNOWN_NUMBERS or in_place(node):
+def _filled(node: torch.fx.Node, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The numbers of a tensor that is made with one number all over."""
+    number: Any = CONSTANTS[name]
+    if "full" in name or name == "scalar_tensor":
+        position = 0 if name == "scalar_tensor" else 1
+        number = args[position] if len(args) > position else kwargs.get("fill_value")
+    val = node.meta["val"]
+    if not isinstance(number, bool | int | float) or val.numel() > KNOWN_NUMBERS:
+        return None
+    return torch.full((), number, dtype=val.dtype).expand(out_shape(node))
+
+
+def _known(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The numbers that an operator makes of known ones, for each tensor that it returns; None where not known."""
+    made = [v for v in pytree.tree_leaves(node.meta.get("val")) if v is not None]
+    if not made or not all(isinstance(v, torch.Tensor) and v.numel() <= KNOWN_NUMBERS for v in made):
+        return None
+    if in_place(node) or torch.Tag.nondeterministic_seeded in node.target.tags or "empty" in node_name(node):  # type: ignore[union-attr]
         return None
     if any(v.known is None for v in values_in([*args, *kwargs.values()])):
         return None
-    args, kwargs = pytree.tree_map_only(Value, lambda v: v.known, (list(args), {**kwargs, "device": "cpu"}))
-    if node_name(node) != "arange":
-        kwargs.pop("device")
-    return call(node, *args, **kwargs)
+    args, kwargs = pytree.tree_map_only(Value, lambda v: v.known, (list(args), kwargs))
+    if any(argument.name == "device" for argument in node.target._schema.arguments):  # type: ignore[union-attr]
+        kwargs = {**kwargs, "device": "cpu"}
+    try:
+        return call(node, *args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
 
 
 def _unlabelled(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any], pointwise_op: bool) -> Any:
@@ -112,8 +129,11 @@ def _unlabelled(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]
     """
     result, name = shapes_of(node), node_name(node)
     values = values_in([*args, *kwargs.values()])
-    if isinstance(result, Value) and (pointwise_op or name in MOVES or name == "arange"):
-        result = replace(result, known=_known(node, args, kwargs))
+    numbers = _known(node, args, kwargs)
+    if isinstance(result, Value):
+        result = replace(result, known=numbers)
+    elif isinstance(numbers, (tuple, list)) and len(numbers) == len(result):
+        result = [replace(v, known=n) for v, n in zip(result, numbers, strict=True)]
     if not isinstance(result, Value) or not values or not (name in MOVES or pointwise_op):
         return result
     zero = name in MOVES and name not in PADS and all(v.zero for v in values)

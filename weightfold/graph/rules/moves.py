@@ -275,7 +275,8 @@ def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field |
         for column, array in zip(columns, arrays, strict=True):
             column.append(array.expand(shape))
     labels, pos, sgn = (torch.cat(column, d) for column in columns)
-    return compress(Field(labels, pos, sgn, level, any(f.loud for fs in found for f in fs)))
+    loud, curved = (any(getattr(f, kind) for fs in found for f in fs) for kind in ("loud", "curved"))
+    return compress(Field(labels, pos, sgn, level, loud, curved))
 
 
 @rule("stack", move=True)
@@ -287,7 +288,8 @@ def stack(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 
         return cat(store, node, lifted, d)
     shapes = torch.broadcast_shapes(*(fs[0].labels.shape for fs in pairs))
     arrays = [torch.cat([getattr(fs[0], kind).expand(shapes) for fs in pairs], d) for kind in ("labels", "pos", "sgn")]
-    item = compress(Field(arrays[0], arrays[1], arrays[2]))
+    loud, curved = (any(getattr(fs[0], kind) for fs in pairs) for kind in ("loud", "curved"))
+    item = compress(Field(arrays[0], arrays[1], arrays[2], loud=loud, curved=curved))
     rest = cat(store, node, [replace(p, fields=p.blocks()) for p in lifted], d)
     return replace(rest, fields=rest.fields + ((item,) if item is not None else ()), state=all(p.state for p in parts))
 
@@ -325,5 +327,5 @@ def pad(store: Store, node: torch.fx.Node, x: Value, pads: Sequence[int], *rest:
             torch.constant_pad_nd(a.expand(wide), run, value)
             for a, value in zip(item.arrays(), (code, 0, 0), strict=True)
         ]
-        fields += kept(store, Field(arrays[0], arrays[1], arrays[2], item.level, item.loud))
+        fields += kept(store, replace(item, labels=arrays[0], pos=arrays[1], sgn=arrays[2]))
     return Value(shape, tuple(fields), state=x.state, zero=x.zero and code == ZERO, uniform=x.zero and code == ZERO)

@@ -60,9 +60,7 @@ def unary(store: Store, node: torch.fx.Node, x: Value, slot: int, args: tuple, k
                 item = replace(item, sgn=torch.zeros_like(item.sgn))
             if not zero:
                 store.flag(item.labels, OFFSET)
-        elif not zero:
-            item = replace(item, loud=True)
-        fields.append(item)
+        fields.append(replace(item, loud=item.loud or not zero, curved=item.curved or not (scaled and odd)))
     return replace(x, fields=tuple(fields), zero=x.zero and zero, name=None)
 
 
@@ -107,7 +105,15 @@ def div(store: Store, node: torch.fx.Node, a: Any, b: Any, **kwargs: Any) -> Val
     for item in b.fields:
         store.kill(item)
         store.flag(item.labels, OFFSET)
-    return algebra.meet(store, a, replace(b, fields=tuple(f.without_gauge() for f in b.fields)), "mul")
+    below = tuple(replace(f.without_gauge(), curved=True) for f in b.fields)
+    result = algebra.meet(store, a, replace(b, fields=below), "mul")
+    through = frozenset(d - len(b.shape) for f in b.fields if not f.loud for d in f.support)
+    return replace(result, fields=tuple(_loud_along(f, through) for f in result.fields))
+
+
+def _loud_along(item: Field, dims: frozenset[int]) -> Field:
+    """A quotient along dimensions, counted from the last, where what it is divided by may come to zero."""
+    return replace(item, loud=True) if any(d - item.labels.ndim in dims for d in item.support) else item
 
 
 @rule("maximum", "minimum", "where", "lerp", "masked_fill")
@@ -135,10 +141,27 @@ def choose(store: Store, node: torch.fx.Node, *args: Any, **kwargs: Any) -> Valu
     if name in ("maximum", "minimum"):
         for item in result.fields:
             store.kill_sgn(item.sgn)
-        result = replace(result, fields=tuple(replace(f, sgn=torch.zeros_like(f.sgn)) for f in result.fields))
+        fields = tuple(replace(f, sgn=torch.zeros_like(f.sgn), curved=True) for f in result.fields)
+        result = replace(result, fields=fields)
     if name == "lerp" and len(values) > 2:
         result = algebra.meet(store, result, values[2], "mul")
     return result
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(store: Store, node: torch.fx.Node, x: Value, slope: Value) -> Value:
+    """A leaky ReLU; slopes lie along dimension 1, whatever the rank (the kernel behind it broadcasts them itself)."""
+    if node_name(node) == "prelu" and slope.shape and slope.shape[0] > 1:
+        wide = tuple(slope.shape[0] if d == min(1, len(x.shape) - 1) else 1 for d in range(len(x.shape)))
+        slope = algebra.reshape(store, slope, wide)
+    for item in (*x.fields, *slope.fields):
+        store.kill_sgn(item.sgn)
+    x, slope = (
+        replace(v, fields=tuple(replace(f, sgn=torch.zeros_like(f.sgn), curved=True) for f in v.fields))
+        for v in (x, slope)
+    )
+    slope = replace(slope, fields=tuple(without_gauge(store, f) for f in slope.fields))
+    return replace(algebra.meet(store, x, slope, "mul"), uniform=x.uniform and slope.uniform)
 
 
 @rule("addcmul", "addcdiv")
@@ -156,6 +179,7 @@ def weight_norm(store: Store, node: torch.fx.Node, v: Value, g: Value, dim: int 
     unit = algebra.meet(
         store, replace(v, name=None, fields=tuple(without_gauge(store, f) for f in v.fields)), norm, "mul"
     )
+    unit = replace(unit, fields=tuple(replace(f, loud=True, curved=True) for f in unit.fields))
     # both parts have the rows of the weight: it reads and writes as a plain parameter does
     return replace(algebra.meet(store, unit, g, "mul"), computed=False)
 

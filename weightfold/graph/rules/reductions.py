@@ -44,7 +44,9 @@ def reduction(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs:
                 fields[i] = replace(item, sgn=torch.zeros_like(item.sgn))
             else:
                 fields[i] = without_gauge(store, item)
-            store.flag(item.labels, OFFSET) if name not in (*_EXTREME, "var", "std") else None
+            offset = name not in (*_EXTREME, "var", "std")
+            store.flag(item.labels, OFFSET) if offset else None
+            fields[i] = replace(fields[i], curved=True, loud=item.loud or offset)
     if len(shape) < len(x.shape):
         keep = [d for d in range(len(x.shape)) if d not in dims]
         fields = [f.map(lambda a: a.permute(*keep, *sorted(dims)).reshape([a.shape[d] for d in keep])) for f in fields]
@@ -58,7 +60,8 @@ def softmax(store: Store, node: torch.fx.Node, x: Value, dim: int, *_: Any, **__
     result = algebra.reduce(store, x, dims, NO_MERGE | NO_REMOVE, "goes through a softmax across the group", keep=True)
     for item in result.fields:
         store.flag(item.labels, OFFSET) if item.level == 0 else None
-    return replace(result, fields=tuple(replace(without_gauge(store, f), loud=True) for f in result.fields))
+    fields = tuple(replace(without_gauge(store, f), loud=True, curved=True) for f in result.fields)
+    return replace(result, fields=fields)
 
 
 @rule("cumsum", "cumprod", "sort", "topk", "argsort", "logcumsumexp", "cummax", "flip_along", "diff", "kthvalue")
@@ -72,7 +75,7 @@ def ordered(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
         if dim in item.support:
             store.forbid(x, item, frozenset({dim}), FROZEN, f"is ordered by '{name}'")
         else:
-            fields.append(item if name == "cumsum" else without_gauge(store, item))
+            fields.append(item if name == "cumsum" else replace(without_gauge(store, item), loud=True, curved=True))
     val = node.meta["val"]
     if isinstance(val, (tuple, list)):
         return [Value(tuple(v.shape), tuple(fields)) for v in val]
@@ -82,7 +85,7 @@ def ordered(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
 def _affine(store: Store, x: Value, dim: int, weight: Value | None, bias: Value | None) -> Value:
     """Scale and shift per channel: whatever the input answered, the output answers as the scale and shift do."""
     shape = lambda v: tuple(v.shape[0] if d == dim else 1 for d in range(len(x.shape)))  # noqa: E731
-    x = replace(x, fields=tuple(without_gauge(store, f) for f in x.fields))
+    x = replace(x, fields=tuple(replace(without_gauge(store, f), curved=True) for f in x.fields))
     if weight is not None:
         x = algebra.meet(store, x, algebra.reshape(store, weight, shape(weight)), "mul")
     if bias is not None:
@@ -126,7 +129,7 @@ def layer_norm(
     first = len(x.shape) - len(normalized)
     dims = frozenset(range(first, len(x.shape)))
     out = algebra.reduce(store, x, dims, NO_MERGE | NO_REMOVE, NORMALISED, keep=True)
-    out = replace(out, fields=tuple(without_gauge(store, f) for f in out.fields))
+    out = replace(out, fields=tuple(replace(without_gauge(store, f), curved=True) for f in out.fields))
     if weight is not None:
         out = algebra.meet(store, out, weight, "mul")
     if bias is not None:
@@ -182,7 +185,7 @@ def pool(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any)
     if "max" in name or "lp" in name:
         for item in fields:
             store.kill_sgn(item.sgn)
-        fields = tuple(replace(f, sgn=torch.zeros_like(f.sgn)) for f in fields)
+        fields = tuple(replace(f, sgn=torch.zeros_like(f.sgn), curved=True) for f in fields)
     val = node.meta["val"]
     if isinstance(val, (tuple, list)):
         return [Value(tuple(v.shape), fields) for v in val]
