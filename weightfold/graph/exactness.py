@@ -6,8 +6,8 @@ Run it in float64: then an admitted edit changes the output by rounding alone, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,10 @@ def _open(value: Any) -> Any:
 
 
 def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference over the largest magnitude, over all outputs; infinite where shapes differ or one is not finite
-    where the other is, or no number at all."""
+    """Largest difference over the largest magnitude, over all outputs.
+
+    Infinite where shapes differ, where one is finite and the other is not, and where the first is no number.
+    """
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape or bool(x.isnan().any()) or not torch.equal(x.isfinite(), y.isfinite()):
@@ -103,14 +105,27 @@ def _edit_rows(
 
 
 def plant_dead(model: nn.Module, group: ChannelGroup, channels: Tensor, *, silent: bool) -> None:
-    """Make channels dead: silent (nothing writes them) or unread (nothing reads them)."""
+    """Make channels dead: silent (nothing writes them) or unread (nothing reads them).
+
+    A direction without a length (the v of a weight norm) is left: its length beside it says that it is zero.
+    """
 
     def clear(front: Tensor, index: Tensor) -> None:
         rows = index[channels]
         front[rows[rows >= 0]] = 0
 
     roles = {"write", "pointwise", "both"} if silent else {"read"}
-    _edit_rows(model, group, roles, clear)
+    axes = [axis for axis in group.axes if not _is_direction(model, axis.tensor)]
+    _edit_rows(model, replace(group, axes=tuple(axes)), roles, clear)
+
+
+def _is_direction(model: nn.Module, tensor: str) -> bool:
+    """Whether a tensor is divided by its own norm under a weight norm, so that zero is no value of it."""
+    path, _, leaf = tensor.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf.endswith("_v"):
+        return hasattr(owner, f"{leaf[:-1]}g")
+    return leaf == "original1" and type(next(iter(cast(nn.ModuleList, owner)), None)).__name__ == "_WeightNorm"
 
 
 def plant_duplicates(model: nn.Module, group: ChannelGroup, original: Tensor, copy: Tensor) -> None:

@@ -73,7 +73,7 @@ CHANCE = Finding(float("inf"), failed="it cannot be tried: two forwards on the s
 def kinds_of(group: ChannelGroup) -> list[str]:
     """The kinds of trial that a group's admitted edits call for."""
     n = smallest_block(group)
-    readable = bool(group.role("read")) and not group.role("both")
+    readable = bool(group.role("read")) and not group.role("both") and not group.read_elsewhere
     wanted = {
         SILENT: "remove" in group.admits and group.zero_at_zero and n > 1,
         UNREAD: "remove" in group.admits and readable and n > 1,
