@@ -10,7 +10,7 @@ A network without storage, or one too large for the stated limits, is left unpro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -100,14 +100,15 @@ def proved(
         trials: on a copy of it.
     """
     withdrawn: list[tuple[str, str, str]] = []
+    places = {name: kind_of(model, graph[name]) for name in names} if _weights(model) > LARGE else {}
     for _ in range(MAX_ROUNDS):
-        found = _all_at_once(trials, graph, _items(model, graph, names, kinds))
+        found = _all_at_once(trials, graph, _items(graph, names, kinds, places))
         if not found:
             break
         for (name, kind), finding in found.items():
-            for like in _alike(model, graph, name, names) if kind in DEAR else [name]:
-                graph, reason = _withdrawn(graph, like, kind, finding)
-                withdrawn.append((like, kind, reason))
+            graph, reason = _withdrawn(graph, name, kind, finding)
+            withdrawn.append((name, kind, reason))
+            places = {other: place for other, place in places.items() if place != places.get(name)}
     else:
         for name in names:
             graph = _replaced(graph, graph[name].without(set(graph[name].admits), "no edit could be proved right"))
@@ -115,23 +116,24 @@ def proved(
     return replace(graph, proved=Proof(twin.compared, tuple(names), tuple(withdrawn), twin.left_out))
 
 
-def _items(model: nn.Module, graph: ChannelGraph, names: Sequence[str], kinds: Collection[str]) -> list[Item]:
-    """What is to be tried. In large models like groups in like places stand for each other where a kind is dear."""
-    large = sum(p.numel() for p in model.parameters()) > LARGE
+def _weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _items(
+    graph: ChannelGraph, names: Sequence[str], kinds: Collection[str], places: Mapping[str, object]
+) -> list[Item]:
+    """What is to be tried.
+
+    Args:
+        places: groups with equal places stand for each other where a kind is dear, until one of them is refuted.
+    """
     first: dict[object, str] = {}
     items = []
     for name in names:
-        leads = not large or first.setdefault(kind_of(model, graph[name]), name) == name
+        leads = name not in places or first.setdefault(places[name], name) == name
         items += [(name, k) for k in kinds_of(graph[name]) if k in kinds and (leads or k not in DEAR)]
     return items
-
-
-def _alike(model: nn.Module, graph: ChannelGraph, name: str, names: Sequence[str]) -> list[str]:
-    """The groups for which one stood in a trial: itself, in models that are not large."""
-    if sum(p.numel() for p in model.parameters()) <= LARGE:
-        return [name]
-    key = kind_of(model, graph[name])
-    return [other for other in names if kind_of(model, graph[other]) == key]
 
 
 def _all_at_once(trials: Trials, graph: ChannelGraph, items: Sequence[Item]) -> dict[Item, Finding]:
