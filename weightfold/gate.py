@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from weightfold.errors import DataError, WeightfoldError
+from weightfold.stats.running import call, probing
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -44,48 +45,6 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Reading:
     return Reading(
         mean, mean - half, mean + half, len(d), float(torch.tensor(before).mean()), float(torch.tensor(after).mean())
     )
-
-
-def _follows_batch(norm: nn.Module, model: nn.Module) -> bool:
-    """Whether training lets a batch norm follow the batch: it is not frozen, and would not wait for other processes."""
-    return not isinstance(norm, nn.SyncBatchNorm) and (norm.training or not model.training)
-
-
-@contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; batch norms use the batch and leave their running statistics alone.
-
-    Running statistics lag behind an edit; measuring with them would mix that lag with real damage.
-    """
-    modes = {module: module.training for module in model.modules()}
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _follows_batch(m, model)]
-    kept = [(m, m.momentum, m.num_batches_tracked) for m in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for norm, momentum, tracked in kept:
-            norm.momentum = momentum
-            norm.num_batches_tracked = tracked
-        for module, training in modes.items():
-            module.training = training
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Run a model on inputs as `trace` takes them: a tuple is positional arguments, a mapping keyword arguments.
-
-    Example:
-        >>> call(nn.Bilinear(2, 3, 4), (torch.zeros(5, 2), torch.zeros(5, 3))).shape
-        torch.Size([5, 4])
-    """
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def losses(

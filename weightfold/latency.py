@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightfold.gate import Batch, Loss, call
+from weightfold.gate import Batch, Loss
 from weightfold.graph.apply import apply
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
+from weightfold.stats.running import call
 from weightfold.widths import Widths
 
 LONG_ENOUGH = 0.5

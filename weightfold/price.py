@@ -16,18 +16,21 @@ differs in: residuals after compensation in place of whole channels, and the fir
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weightfold.gate import Batch, Loss, call, probing
+from weightfold.gate import Batch, Loss
 from weightfold.graph.group import Axis, ChannelGroup
 from weightfold.graph.observe import Key, rows_of
+from weightfold.stats.running import call, probing
+from weightfold.stats.taps import tapped
 
 MAX_NUMBERS = 2**25
 """Activations and gradients that are kept at most, in numbers (128 MiB of float32)."""
@@ -107,9 +110,9 @@ def trails(
 ) -> Trails:
     """Record what the readers of some groups read and the gradients there, on probe batches.
 
-    The loss must be a mean over samples. Batch norms use the batch, and nothing of the model changes. Readers that are
-    called with keyword arguments, or whose input does not have the samples in front, are left out; of batches that do
-    not fit into `MAX_NUMBERS` after the first, only the answers are counted.
+    The loss must be a mean over samples. Batch norms use the batch, and nothing of the model changes. Readers whose
+    input does not have the samples in front are left out; of batches that do not fit into `MAX_NUMBERS` after the
+    first, only the answers are counted.
 
     Args:
         batches: (inputs, targets), from the training split.
@@ -232,33 +235,24 @@ def _size(targets: Any, inputs: Any) -> int:
     return 0
 
 
-@contextmanager
-def _recording(model: nn.Module, opened: Mapping[tuple[str, Key], _Open]) -> Iterator[None]:
-    """Hooks that note each reader's input, and its gradient once it is known."""
+def _recording(model: nn.Module, opened: Mapping[tuple[str, Key], _Open]) -> AbstractContextManager[None]:
+    """Note each reader's input, and let gradients reach it."""
     by_path: dict[str, list[_Open]] = {}
     for reader in opened.values():
         assert reader.axis.tap is not None
         by_path.setdefault(reader.axis.tap[0], []).append(reader)
-    handles = [model.get_submodule(p).register_forward_pre_hook(_hook(readers)) for p, readers in by_path.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return tapped(model, {path: partial(_record_input, readers=readers) for path, readers in by_path.items()})
 
 
-def _hook(readers: Sequence[_Open]) -> Any:
-    def record(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-            return None
-        x = args[0].view_as(args[0])
-        if not x.requires_grad:
-            x.requires_grad_()
-        for reader in readers:
-            reader.calls.append((x, []))
-        return (x, *args[1:])
-
-    return record
+def _record_input(read: Tensor, readers: Sequence[_Open]) -> Tensor | None:
+    if not read.is_floating_point():
+        return None
+    x = read.view_as(read)
+    if not x.requires_grad:
+        x.requires_grad_()
+    for reader in readers:
+        reader.calls.append((x, []))
+    return x
 
 
 def _trail(reader: _Open, size: int, first: int) -> Trail | None:

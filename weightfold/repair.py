@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,15 +25,16 @@ from torch.func import functional_call, jvp, vjp
 from torch.utils import _pytree as pytree
 
 from weightfold.errors import DataError
-from weightfold.gate import call
+from weightfold.stats.norms import recalibrate_ as recalibrate_
+from weightfold.stats.running import inputs_of
 
 Weights = dict[str, Tensor]
 
 
 def output_of(model: nn.Module, inputs: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """All floating numbers that a network returns for a batch, one row a sample, shape (B, F)."""
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
-    found = model(*args) if weights is None else functional_call(model, dict(weights), args)
+    args, kwargs = inputs_of(model, inputs)
+    found = model(*args, **kwargs) if weights is None else functional_call(model, dict(weights), args, kwargs)
     found = getattr(found, "logits", found)
     leaves = [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
     if not leaves:
@@ -219,42 +220,3 @@ def jittered(x: Tensor, n: int, generator: torch.Generator, size: float = 0.1) -
     rows = torch.randint(len(x), (n - len(x),), generator=generator)
     noise = torch.randn((len(rows), *x.shape[1:]), generator=generator, dtype=x.dtype)
     return torch.cat([x, x[rows] + size * x.std(0, keepdim=True) * noise])
-
-
-@torch.no_grad()
-def recalibrate_(model: nn.Module, batches: Sequence[Any]) -> int:
-    """Measure the running statistics of all batch norms anew, in place; how many there are.
-
-    A SyncBatchNorm takes those of this process alone: the others need not call this, and are not waited for.
-
-    Example:
-        >>> net = nn.Sequential(nn.BatchNorm1d(2))
-        >>> recalibrate_(net, [torch.tensor([[1.0, 2.0], [3.0, 2.0]])]), net[0].running_mean
-        (1, tensor([2., 2.]))
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or not batches:
-        return 0
-    kept = [(m.momentum, m.training, m.__class__) for m in norms]
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-            if isinstance(norm, nn.SyncBatchNorm):
-                norm.__class__ = _AnyBatchNorm  # pyright: ignore
-        for batch in batches:
-            call(model, batch)
-    finally:
-        for norm, (momentum, training, kind) in zip(norms, kept, strict=True):
-            norm.__class__ = kind
-            norm.momentum = momentum
-            norm.train(training)
-    return len(norms)
-
-
-class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm of one process, for inputs of any number of dimensions."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        del input

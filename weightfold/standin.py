@@ -14,6 +14,8 @@ read, so that it is one edit on the channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from weightfold.graph.edit import Edit
 from weightfold.graph.group import Axis, ChannelGroup
 from weightfold.graph.observe import Key, SecondMoment, axis_rows, rows_of
 from weightfold.redundancy import Reader, apart, choose, takes_mean
+from weightfold.stats.running import call, evaluating
+from weightfold.stats.taps import tapped
 
 MAX_ROWS = 16_384
 """Samples and positions that a reader's least squares take at most."""
@@ -108,8 +112,8 @@ def first_rows(
     if not observable(group):
         return {}
     found: dict[Key, Tensor] = {}
-    with Watching(model, group, found, 1):
-        model(*example[0], **example[1])
+    with evaluating(model), watching(model, group, found, None):
+        call(model, example)
     return {key: rows[0].double() for key, rows in found.items()} if len(found) == len(group.role("read")) else {}
 
 
@@ -123,8 +127,8 @@ def paired(
     for model, own, store in ((whole, before, kept[0]), (lumped, group, kept[1])):
         for batch in inputs:
             seen: dict[Key, Tensor] = {}
-            with Watching(model, own, seen, limit):
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
+            with evaluating(model), watching(model, own, seen, limit):
+                call(model, batch)
             for key, rows in seen.items():
                 store.setdefault(key, []).append(rows.double().cpu())
     missing = [axis.tensor for axis in group.role("read") if axis.key not in kept[0] or axis.key not in kept[1]]
@@ -133,29 +137,19 @@ def paired(
     return {key: (torch.cat(rows), torch.cat(kept[1][key])) for key, rows in kept[0].items()}
 
 
-class Watching:
+def watching(
+    model: nn.Module, group: ChannelGroup, store: dict[Key, Tensor], limit: int | None
+) -> AbstractContextManager[None]:
     """Take rows from the inputs of a group's readers while a model runs."""
+    by_path: dict[str, list[Axis]] = {}
+    for axis in group.role("read"):
+        assert axis.tap is not None
+        by_path.setdefault(axis.tap[0], []).append(axis)
 
-    def __init__(self, model: nn.Module, group: ChannelGroup, store: dict[Key, Tensor], limit: int) -> None:
-        self.model, self.group, self.store, self.limit = model, group, store, limit
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for axis in self.group.role("read"):
+    def take(x: Tensor, axes: list[Axis]) -> None:
+        for axis in axes if x.numel() else ():
             assert axis.tap is not None
-            path, dim = axis.tap
-            module = self.model.get_submodule(path)
-            self.handles.append(module.register_forward_pre_hook(self._hook(axis, dim), with_kwargs=True))
+            rows = rows_of(x.detach(), axis.tap[1], axis.index, limit)
+            store[axis.key] = torch.cat([store[axis.key], rows]) if axis.key in store else rows
 
-    def _hook(self, axis: Axis, dim: int) -> Any:
-        def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if x is not None and x.numel():
-                rows = rows_of(x.detach(), dim, axis.index, None if self.limit == 1 else self.limit)
-                self.store[axis.key] = torch.cat([self.store[axis.key], rows]) if axis.key in self.store else rows
-
-        return take
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+    return tapped(model, {path: partial(take, axes=axes) for path, axes in by_path.items()})

@@ -13,10 +13,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from weightfold.errors import DataError, EditError
-from weightfold.gate import call
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.observe import Key, Observer, SecondMoment
 from weightfold.ranks import compiled, unwrapped
+from weightfold.stats.running import call, evaluating
 
 Statistics = dict[Key, SecondMoment]
 
@@ -202,18 +202,17 @@ class Watcher:
             self._observer, self._statistics = Observer(self.model, graph), None
             self._observer.load_state(state["sums"])
 
-    def observed(self, graph: ChannelGraph, batches: Iterable[Any]) -> Statistics:
+    def observed(self, graph: ChannelGraph, batches: Iterable[Any], example: Any = None) -> Statistics:
         """Statistics of whole batches in eval mode, apart from those of the run."""
         start = time.perf_counter()
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        with Observer(self.model, graph, max_samples_per_batch=None) as observer, torch.no_grad():
-            for batch in batches:
-                call(self.model, batch)
-        for module, training in modes.items():
-            module.training = training
-        self.seconds += time.perf_counter() - start
-        return observer.statistics()
+        try:
+            observer = Observer(self.model, graph, max_samples_per_batch=None)
+            with evaluating(self.model), torch.no_grad(), observer:
+                for batch in batches:
+                    call(self.model, batch, example)
+            return observer.statistics()
+        finally:
+            self.seconds += time.perf_counter() - start
 
     def _look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():

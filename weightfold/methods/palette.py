@@ -22,6 +22,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +37,8 @@ from weightfold.gate import Batch, Loss
 from weightfold.quant.clustered import Clustered, Coding, Layout, assign, cluster, padded, write_clustered
 from weightfold.quant.codebook import dkm, snap
 from weightfold.size import unique_state
+from weightfold.stats.running import call, evaluating
+from weightfold.stats.taps import tapped
 
 _RECURRENT = nn.RNNBase
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -288,20 +291,15 @@ def fisher(model: nn.Module, batches: Iterable[Batch], loss: Loss) -> dict[str, 
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in named.items()}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     n = 0
-    try:
+    with evaluating(model):
         for inputs, targets in batches:
-            value = loss(model(inputs), targets)
+            value = loss(call(model, inputs), targets)
             grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
             for name, grad in zip(named, grads, strict=True):
                 if grad is not None:
                     total[name] += grad.square()
             n += 1
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if n == 0:
         raise DataError("The Fisher information needs at least one batch.")
     return {name: value / n for name, value in total.items()}
@@ -317,7 +315,7 @@ def input_energy(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     The error of a layer's output is Σ E[a_i a_j] Δw_i Δw_j; this is its diagonal. In evaluation mode.
 
     Args:
-        batches: inputs as the model takes them, a tensor or a tuple.
+        batches: inputs as the model takes them.
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> input_energy(net, [torch.tensor([[1.0, 2.0]])])
@@ -325,24 +323,15 @@ def input_energy(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """
     readers = {f"{path}.weight".lstrip("."): m for path, m in model.named_modules() if isinstance(m, _READERS)}
     sums: dict[str, list[Tensor]] = {name: [] for name in readers}
-    modes = {module: module.training for module in model.modules()}
 
-    def listen(name: str, module: nn.Module) -> Any:
-        dim = -1 if isinstance(module, nn.Linear) else 1
-        return module.register_forward_pre_hook(
-            lambda _, args: sums[name].append(args[0].square().movedim(dim, -1).flatten(0, -2).mean(0))
-        )
+    def look(x: Tensor, name: str) -> None:
+        dim = -1 if isinstance(readers[name], nn.Linear) else 1
+        sums[name].append(x.square().movedim(dim, -1).flatten(0, -2).mean(0))
 
-    hooks = [listen(name, module) for name, module in readers.items()]
-    model.eval()
-    try:
+    looks = {name.removesuffix("weight").removesuffix("."): partial(look, name=name) for name in readers}
+    with evaluating(model), tapped(model, looks):
         for batch in batches:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
+            call(model, batch)
     return {name: _spread(module, torch.stack(sums[name]).mean(0)) for name, module in readers.items() if sums[name]}
 
 

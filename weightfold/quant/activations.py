@@ -17,15 +17,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weightfold.gate import call, probing
 from weightfold.quant.fake import LN2, step_of
 from weightfold.ranks import Ranks
+from weightfold.stats.running import call, probing
+from weightfold.stats.taps import tap, tapped
 
 MIN_BITS, MAX_BITS, FIRST_BITS = 2, 8, 8
 EXPONENT_LR, BITS_LR = 3e-3, 1e-2
@@ -98,6 +100,10 @@ class _Input:
         return self.bits + (torch.round(self.bits.detach()) - self.bits.detach())
 
 
+def _quantised(x: Tensor, held: _Input) -> Tensor:
+    return _Quantise.apply(x, held.exponent, held.bits, held.signed)
+
+
 class Activations:
     """Learned grids at the inputs of layers, by hooks; gradients reach layers below unchanged where nothing clips.
 
@@ -138,15 +144,7 @@ class Activations:
 
     def _attach(self) -> None:
         for path, held in self._inputs.items():
-            hook = self._hook(held)
-            self._handles.append(self.model.get_submodule(path).register_forward_pre_hook(hook))
-
-    @staticmethod
-    def _hook(held: _Input) -> Any:
-        def quantise(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (_Quantise.apply(args[0], held.exponent, held.bits, held.signed), *args[1:])
-
-        return quantise
+            self._handles.append(tap(self.model.get_submodule(path), partial(_quantised, held=held)))
 
     def bops(self, weight_bits: Mapping[str, Tensor]) -> Tensor:
         """Bit operations of one sample, as a share of the first network's in single precision; differentiable.
@@ -221,21 +219,13 @@ def _ranges(model: nn.Module, paths: Sequence[str], inputs: Sequence[Any]) -> di
     """Least and largest value that each module reads first."""
     found: dict[str, tuple[float, float]] = {}
 
-    def look(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            low, high = found.get(path, (math.inf, -math.inf))
-            found[path] = min(low, float(args[0].min())), max(high, float(args[0].max()))
+    def look(x: Tensor, path: str) -> None:
+        low, high = found.get(path, (math.inf, -math.inf))
+        found[path] = min(low, float(x.min())), max(high, float(x.max()))
 
-        return hook
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(look(path)) for path in paths]
-    try:
-        with probing(model):
-            for batch in inputs:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with probing(model), tapped(model, {path: partial(look, path=path) for path in paths}):
+        for batch in inputs:
+            call(model, batch)
     return {path: found[path] for path in paths if path in found}
 
 
@@ -251,12 +241,5 @@ def running(model: nn.Module, grids: Mapping[str, Grid]) -> Iterator[None]:
         True
     """
 
-    def on(grid: Grid) -> Any:
-        return lambda _, args: (grid.on(args[0]), *args[1:])
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(on(grid)) for path, grid in grids.items()]
-    try:
+    with tapped(model, {path: grid.on for path, grid in grids.items()}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from weightfold.errors import ConfigError
-from weightfold.gate import Batch, call, probing
+from weightfold.gate import Batch
+from weightfold.stats.running import call, probing
 
 UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _EXAMPLES = "For example: '48 kB', '1.5%', or a number of bytes."

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weightfold.gate import call, probing
 from weightfold.graph.apply import find_tensor
 from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
 from weightfold.graph.layout import to_front
+from weightfold.stats.running import call, probing
+from weightfold.stats.taps import tapped
 
 Key = tuple[str, int]
 Span = tuple[Tensor, Tensor]
@@ -136,36 +138,23 @@ def _takes_constant(model: nn.Module, axis: Axis) -> bool:
 
 def observe_spans(model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) -> dict[Key, Span]:
     """The least and largest value that readers see at each position of their channel axis, over some inputs."""
-    taps: dict[tuple[str, int], list[Axis]] = {}
+    taps: dict[str, list[tuple[int, Axis]]] = {}
     for group in graph:
         for axis in group.role("read"):
             if axis.tap is not None and axis.slabs == 1:
-                taps.setdefault(axis.tap, []).append(axis)
+                taps.setdefault(axis.tap[0], []).append((axis.tap[1], axis))
     spans: dict[Key, Span] = {}
-    handles = []
 
-    def look(axes: list[Axis], dim: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            rows = x.movedim(dim, 0).reshape(x.shape[dim], -1)
+    def look(x: Tensor, axes: list[tuple[int, Axis]]) -> None:
+        for dim, axis in axes:
+            rows = x.detach().movedim(dim, 0).reshape(x.shape[dim], -1)
             low, high = rows.amin(1).double(), rows.amax(1).double()
-            for axis in axes:
-                old = spans.get(axis.key)
-                spans[axis.key] = (
-                    (low, high) if old is None else (torch.minimum(old[0], low), torch.maximum(old[1], high))
-                )
+            old = spans.get(axis.key)
+            spans[axis.key] = (low, high) if old is None else (torch.minimum(old[0], low), torch.maximum(old[1], high))
 
-        return hook
-
-    try:
-        for (path, dim), axes in taps.items():
-            handles.append(model.get_submodule(path).register_forward_pre_hook(look(axes, dim), with_kwargs=True))
-        with probing(model):
-            for batch in inputs:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with probing(model), tapped(model, {path: partial(look, axes=axes) for path, axes in taps.items()}):
+        for batch in inputs:
+            call(model, batch)
     return spans
 
 

@@ -15,8 +15,8 @@ from weightfold.artifact import Builder, CodedTensor, Structure
 from weightfold.blueprint import Blueprint, rebuild_
 from weightfold.quant.attached import plain_copy
 from weightfold.quant.codes import CodedModel, stored
-from weightfold.repair import recalibrate_
 from weightfold.size import unique_state
+from weightfold.stats.norms import recalibrate_
 
 
 @dataclass(frozen=True, eq=False)

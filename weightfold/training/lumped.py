@@ -26,8 +26,9 @@ from weightfold.fingerprint import fingerprint
 from weightfold.graph.edit import Edit
 from weightfold.ledger import Ledger
 from weightfold.methods.lump import Lump
-from weightfold.repair import distance, gauss_newton_, jittered, output_of, recalibrate_
+from weightfold.repair import distance, gauss_newton_, jittered, output_of
 from weightfold.size import macs, parameters
+from weightfold.stats.norms import recalibrate_
 from weightfold.training import folder as files
 from weightfold.training.environment import machine, versions
 from weightfold.training.measure import evaluate, score_name

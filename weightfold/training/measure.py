@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from weightfold.data import Dataset
 from weightfold.data.dataset import SplitName
 from weightfold.models import TaskSpec
+from weightfold.stats.running import evaluating
 
 EVAL_BATCH = 256
 ROUNDS = 100
@@ -48,21 +49,19 @@ def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset, split: SplitName, device: torch.device) -> Score:
-    """Score a network on a split, in evaluation mode; the mode is put back."""
-    was_training = model.training
-    model.eval()
+    """Score a network on a split, in evaluation mode; the modes are put back."""
     total, count, squares, right, every = 0.0, 0, 0.0, [], []
-    for inputs, targets in data.batches(split, EVAL_BATCH):
-        inputs, targets = inputs.to(device), targets.to(device)
-        predicted = outputs(model, inputs)
-        total += data.task.loss(predicted, targets).item() * len(targets)
-        count += len(targets)
-        if data.task.output.kind == "regression":
-            squares += (predicted - targets).double().square().sum().item()
-            every.append(targets.double().cpu())
-        else:
-            right.append((predicted.argmax(-1) == targets).flatten().cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for inputs, targets in data.batches(split, EVAL_BATCH):
+            inputs, targets = inputs.to(device), targets.to(device)
+            predicted = outputs(model, inputs)
+            total += data.task.loss(predicted, targets).item() * len(targets)
+            count += len(targets)
+            if data.task.output.kind == "regression":
+                squares += (predicted - targets).double().square().sum().item()
+                every.append(targets.double().cpu())
+            else:
+                right.append((predicted.argmax(-1) == targets).flatten().cpu())
     if every:
         truth = torch.cat(every)
         spread = (truth - truth.mean(0)).square().sum().item()

@@ -6,14 +6,17 @@ Reference: Li et al. 2015, arXiv 1511.07543; Ainsworth et al. 2022, arXiv 2209.0
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from weightfold.errors import DataError
+from weightfold.graph.group import Axis
 from weightfold.graph.observe import rows_of as samples_of
-from weightfold.graph.trace import Example, arguments
+from weightfold.graph.trace import Example
+from weightfold.stats.running import call, evaluating
+from weightfold.stats.taps import Look, tapped
 from weightfold.weights.symmetry import Symmetries
 
 
@@ -36,36 +39,28 @@ def correlations(a: nn.Module, b: nn.Module, found: Symmetries, data: Iterable[E
     ]
     held: dict[tuple[str, str], Tensor] = {}
 
-    def watch(model: nn.Module, seen: dict[tuple[str, str], Tensor]) -> list[Any]:
-        handles = []
+    def looks(seen: dict[tuple[str, str], Tensor]) -> dict[str, Look]:
+        found: dict[str, list[tuple[str, Axis]]] = {}
         for name, axis in taps:
             assert axis.tap is not None
+            found.setdefault(axis.tap[0], []).append((name, axis))
 
-            def hook(_: nn.Module, args: tuple[Any, ...], key: Any = (name, axis.tensor), axis: Any = axis) -> None:
-                seen[key] = samples_of(args[0].detach(), axis.tap[1], axis.index, 4096).double()
+        def look(x: Tensor, axes: list[tuple[str, Axis]]) -> None:
+            for name, axis in axes:
+                assert axis.tap is not None
+                seen[name, axis.tensor] = samples_of(x.detach(), axis.tap[1], axis.index, 4096).double()
 
-            handles.append(model.get_submodule(axis.tap[0]).register_forward_pre_hook(hook))
-        return handles
+        return {path: partial(look, axes=axes) for path, axes in found.items()}
 
-    modes = (a.training, b.training)
-    a.eval()
-    b.eval()
     others: dict[tuple[str, str], Tensor] = {}
-    handles = [*watch(a, held), *watch(b, others)]
-    try:
+    with evaluating(a), evaluating(b), tapped(a, looks(held)), tapped(b, looks(others)):
         for batch in data:
-            args, kwargs = arguments(batch)
-            a(*args, **kwargs)
-            b(*args, **kwargs)
+            call(a, batch)
+            call(b, batch)
             for key, x in held.items():
                 y = others[key]
                 now = [x.T @ y, x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0), torch.tensor(float(len(x)))]
                 sums[key] = [p + q for p, q in zip(sums[key], now, strict=True)] if key in sums else now
-    finally:
-        for handle in handles:
-            handle.remove()
-        a.train(modes[0])
-        b.train(modes[1])
     if not sums:
         raise DataError("Activation matching needs data.", remedy="Pass some inputs, or match weights.")
     out: dict[str, Tensor] = {}

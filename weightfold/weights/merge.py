@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weightfold.errors import ConfigError, DataError
-from weightfold.graph.trace import Example, arguments
+from weightfold.graph.trace import Example
+from weightfold.stats.running import call, evaluating
+from weightfold.stats.taps import tapped
 from weightfold.weights.align import align
 from weightfold.weights.compare import Gate, cosine, differences, require_alike, weights_of
 from weightfold.weights.symmetry import Symmetries, symmetries
@@ -154,20 +157,14 @@ def grams_of(model: nn.Module, data: Iterable[Example]) -> State:
     """XᵀX of the inputs of each linear layer, by the layer's path, shapes (I, I)."""
     grams: State = {}
 
-    def hook_of(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).double()
-            grams[name] = grams[name] + x.T @ x if name in grams else x.T @ x
+    def look(x: Tensor, name: str) -> None:
+        rows = x.reshape(-1, x.shape[-1]).double()
+        grams[name] = grams[name] + rows.T @ rows if name in grams else rows.T @ rows
 
-        return hook
-
-    twin = copy.deepcopy(model).eval()
-    layers = [(n, m) for n, m in twin.named_modules() if isinstance(m, nn.Linear)]
-    for name, module in layers:
-        module.register_forward_pre_hook(hook_of(name))
-    for batch in data:
-        args, kwargs = arguments(batch)
-        twin(*args, **kwargs)
+    looks = {name: partial(look, name=name) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    with evaluating(model), tapped(model, looks):
+        for batch in data:
+            call(model, batch)
     return grams
 
 

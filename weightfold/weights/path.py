@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.errors import DataError
-from weightfold.graph.trace import Example, arguments
+from weightfold.graph.trace import Example
+from weightfold.stats.norms import recalibrate_ as reset_norms_
+from weightfold.stats.running import call, evaluating
 from weightfold.weights.compare import require_alike, weights_of
 
 Measure = Callable[[nn.Module], float]
@@ -136,26 +139,6 @@ def repair(
     return out
 
 
-@torch.no_grad()
-def reset_norms_(model: nn.Module, data: Iterable[Example]) -> None:
-    """Estimate the statistics of batch norms anew: plain means over all batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    kept = [(m, m.momentum) for m in norms]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
-    for batch in data:
-        args, kwargs = arguments(batch)
-        model(*args, **kwargs)
-    for m, momentum in kept:
-        m.momentum = momentum
-    for m, training in modes:
-        m.training = training
-
-
 def _moments(model: nn.Module, names: Sequence[str], batches: Sequence[Example]) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation of every output channel of some layers, shapes (O,), float64."""
     sums: dict[str, list[Tensor]] = {}
@@ -169,18 +152,11 @@ def _moments(model: nn.Module, names: Sequence[str], batches: Sequence[Example])
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_hook(hook_of(n)) for n in names]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model), ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(hook_of(name)).remove)
         for batch in batches:
-            args, kwargs = arguments(batch)
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, training in modes:
-            m.training = training
+            call(model, batch)
     found = {}
     for name in names:
         if name not in sums:
