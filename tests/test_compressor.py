@@ -321,7 +321,9 @@ def test_probing_changes_neither_statistics_nor_random_numbers() -> None:
     for model, settings in ((with_probe, {}), (without, {"probe": (), "loss": None})):
         torch.manual_seed(3)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        compressor = Compressor(model, EXAMPLE, [Cut(keep=4)], **({"loss": loss, "probe": data(3, 1)} | settings))
+        compressor = Compressor(
+            model, EXAMPLE, [Cut(keep=4)], **({"loss": loss, "probe": data(3, 1), "total_steps": STEPS} | settings)
+        )
         compressor.max_increase = 1e9
         compressor.prepare(optimizer)
         train(compressor, optimizer, data(8))

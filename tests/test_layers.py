@@ -49,7 +49,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "folding": ("graph", "price", "redundancy"),
         "heads": ("graph", "price", "redundancy"),
         "plan": ("folding", "forecast", "heads", "latency", "price", "size", "widths"),
-        "planner": ("forecast", "gate", "graph", "heads", "latency", "plan", "price", "size", "widths"),
+        "planner": ("forecast", "gate", "graph", "heads", "latency", "plan", "price", "size", "stats", "widths"),
         "ranks": (),
         "quant": ("blueprint", "gate", "graph", "ranks", "size", "stats"),
         "sharded": (),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from weightfold.blueprint import remember
 from weightfold.engine.book import Book
-from weightfold.engine.checks import check_finite
+from weightfold.engine.checks import GO_BACK, check_finite, check_sized, checked_methods, checked_steps
 from weightfold.engine.clock import Clock
 from weightfold.engine.trials import Gate, Trials
 from weightfold.errors import ConfigError, EditError, WeightfoldError
@@ -57,9 +58,11 @@ class Compressor:
         loss: ``loss(outputs, targets)``, a mean over samples; needed with a probe.
         probe: fixed batches (inputs, targets) from the training split; without them every edit is accepted unmeasured.
         ledger: where everything is recorded; None keeps no record. In a distributed run, of the first rank alone.
-        total_steps: length of the run in optimiser steps.
+        total_steps: length of the run in optimiser steps; needed for `step`, not for `once`.
         seed: seeds the only generator that methods may use.
         max_increase: how much one event may raise the probe loss (its upper 95 % bound), in the loss's unit.
+        max_total_increase: the same for all events together: the mean rises of those that stand, and the bound of the
+            next; by default four times `max_increase`.
         keep_undo: store what each edit replaces in the ledger, so that it can be undone later.
         ranks: the processes that decide as one; by default those of a DistributedDataParallel model.
         check: looks at the network after edits that the gate lets pass, and says why it may not be so; empty if it may.
@@ -84,29 +87,29 @@ class Compressor:
         total_steps: int = 0,
         seed: int = 0,
         max_increase: float = 0.1,
+        max_total_increase: float | None = None,
         keep_undo: bool = True,
         ranks: Ranks | None = None,
         check: Callable[[nn.Module], str] | None = None,
     ) -> None:
         if probe and loss is None:
             raise ConfigError("A probe needs a loss to be measured by.", remedy="Pass loss=your_loss_function.")
-        names = [method.name for method in methods if method.alone]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ConfigError(f"The method '{twice}' is given twice.", remedy="Give it once, with all its settings.")
         self.network = model
         self.model = unwrapped(model)
         self.example = example
-        self.methods = tuple(methods)
+        self.methods = checked_methods(methods)
         self.loss = loss
         self.probe = list(probe)
         self.ledger = ledger
-        self.total_steps = total_steps
+        self.total_steps = checked_steps(total_steps)
         self.max_increase = max_increase
+        self.max_total_increase = max_total_increase
         self.keep_undo = keep_undo
         self.check = check
         self.generator = torch.Generator().manual_seed(seed)
         self.events: list[Event] = []
         self.frozen: set[str] = set()
+        self._refused: list[Event] = []
         self._clock = Clock()
         self._ranks = Ranks.of(model) if ranks is None else ranks
         self._step = 0
@@ -127,6 +130,9 @@ class Compressor:
             raise ConfigError("The compressor is not prepared.", remedy="Call prepare() first.")
         return self._surgeon
 
+    def _check_prepared(self) -> None:
+        _ = self._hands
+
     @property
     def seconds(self) -> dict[str, float]:
         """What all of this has cost so far: "prepare", "statistics", "planning", "surgery", "gate"."""
@@ -145,21 +151,31 @@ class Compressor:
             optimizer: the optimiser(s) whose state must follow every edit; also to name a new one in mid-run.
             averaged: moving averages of the model (`AveragedModel`, or a dict of tensors) that must follow as well.
         Raises:
-            EditError: weights that are not finite, an optimiser that holds other parameters.
+            ConfigError: modules without sizes, settings of a method that this network cannot follow.
+            EditError: weights that are not finite, an optimiser that holds other parameters or cannot follow an edit.
             TraceError: a forward that fails on the example or branches on data.
             DataError: probe batches that the model does not take, or that are all of one class.
         """
         with self._clock.on("prepare"), uncompiled(self.network):
+            optimizers = () if optimizer is None else optim.plain(_as_tuple(optimizer))
             if self._surgeon is None:
-                self._surgeon = self._first_look(() if optimizer is None else _as_tuple(optimizer), averaged)
+                self._prepare_first(optimizers, averaged)
             else:
-                self._surgeon.attach(() if optimizer is None else _as_tuple(optimizer), averaged)
+                self._surgeon.attach(optimizers, averaged)
             self._updates.follow(self._hands.optimizers, self._step)
         self._observe()
         return self.graph
 
-    def _first_look(self, optimizers: Sequence[torch.optim.Optimizer], averaged: Iterable[Companion]) -> Surgeon:
+    def _prepare_first(self, optimizers: Sequence[torch.optim.Optimizer], averaged: Iterable[Companion]) -> None:
+        try:
+            self._first_look(optimizers, averaged)
+        except BaseException:
+            self._surgeon = None
+            raise
+
+    def _first_look(self, optimizers: Sequence[torch.optim.Optimizer], averaged: Iterable[Companion]) -> None:
         check_whole(self.model)
+        check_sized(self.model)
         check_finite(self.model)
         optim.assert_live(self.model, optimizers)
         traced = trace(self.model, self.example)
@@ -172,15 +188,15 @@ class Compressor:
         if self.loss is not None and self.probe:
             check_probe(self.model, self.probe, self.loss)
         for method in self.methods:
-            method.prepare(self._moment())
+            method.prepare(self._moment(self.total_steps))
         settings = {
             "total_steps": self.total_steps,
             "max_increase": self.max_increase,
+            "max_total_increase": self._budget,
             "probe_batches": len(self.probe),
         }
         body = {**network_record(self.model, surgeon.graph, traced, surgeon.optimizers, self.methods), **settings}
         self._record("prepare", body)
-        return surgeon
 
     # in training ----------------------------------------------------------------------------------------------------
 
@@ -193,14 +209,24 @@ class Compressor:
         return torch.zeros((), device=None if first is None else first.device)
 
     def step(self) -> list[Event]:
-        """Call once after every optimiser step. Most of the time nothing happens."""
+        """Call once after every optimiser step. Most of the time nothing happens.
+
+        Raises:
+            ConfigError: the compressor was built without `total_steps`, or is not prepared; nothing has changed then.
+        """
+        if not self.total_steps:
+            raise ConfigError(
+                "This compressor was built without 'total_steps': step() cannot tell when to act.",
+                remedy="Pass total_steps= (optimiser steps of the run); a trained network is compressed by once().",
+            )
+        self._check_prepared()
         self._step += 1
         self._updates.step = self._step
         self._update_methods()
         events: list[Event] = []
         if self._may_act():
             self._watcher.rest()
-            events = self._decided(lambda: [*self._look_back(), *self._run_methods()])
+            events = self._decided(lambda: [*self._look_back(), *self._run_methods(self.total_steps)])
             self.events += events
         self._observe()
         return events
@@ -209,7 +235,7 @@ class Compressor:
         """Let methods train what they hold beside the network; new holdings take part in edits from now on."""
         for method in self.methods:
             if method.updates(self._step, self.total_steps):
-                method.update(self._moment())
+                method.update(self._moment(self.total_steps))
                 self._follow(method)
 
     def _follow(self, method: Method) -> None:
@@ -224,8 +250,13 @@ class Compressor:
     def _decided(self, decide: Callable[[], list[Event]]) -> list[Event]:
         """Act: in a distributed run the first rank does, and the others do as it did."""
         self._hands.journal, self._hands.touched = [], False
-        with uncompiled(self.network), self._updates.apart():
-            events = self._ranks.agreed(decide, self._told, self._obey)
+        try:
+            with uncompiled(self.network), self._updates.apart():
+                events = self._ranks.agreed(decide, self._told, self._obey)
+        except BaseException:
+            if self._hands.touched and self._ranks.group is None:
+                self._wrap_anew()
+            raise
         if self._hands.touched:
             self._wrap_anew()
         return events
@@ -239,6 +270,7 @@ class Compressor:
         return {
             "journal": self._hands.journal,
             "touched": self._hands.touched,
+            "rises": [applied.rise for applied in self._hands.applied],
             "held": sum(applied.undo is not None for applied in self._hands.applied),
             "events": [asdict(event) for event in events],
             "watch": self._watch,
@@ -251,6 +283,7 @@ class Compressor:
         """Do what the first rank did."""
         self._hands.obey(told["journal"])
         self._hands.forget(told["held"])
+        self._hands.take_rises(told["rises"])
         self._hands.touched, self._watch, self.frozen = told["touched"], told["watch"], told["frozen"]
         self.generator.set_state(told["generator"])
         for method, state in zip(self.methods, told["methods"], strict=True):
@@ -261,31 +294,37 @@ class Compressor:
         """Compress a trained network at once.
 
         Args:
-            batches: unlabelled input batches for the statistics, as the model takes them (a tensor, or a tuple); in a
-                distributed run those of the first rank count.
+            batches: input batches for the statistics, as a data loader gives them; targets behind the inputs are left
+                out. In a distributed run those of the first rank count.
         """
-        total, self.total_steps = self.total_steps, 0
+        self._check_prepared()
 
         def decide() -> list[Event]:
-            self._watcher.statistics = self._watcher.observed(self.graph, batches)
-            return self._run_methods()
+            self._watcher.statistics = self._watcher.observed(self.graph, batches, self.example)
+            return self._run_methods(0)
 
         try:
             events = self._decided(decide)
             self.events += events
             return events
         finally:
-            self.total_steps = total
             self._watcher.clear()
 
     def convert(self) -> nn.Module:
-        """Finish: the plain module, without anything of ours in it."""
+        """Finish: the plain module, without anything of ours in it. Warns of methods that never came to act.
+
+        Raises:
+            EditError: weights are not finite; names the tensor. Nothing has changed then.
+        """
+        self._check_prepared()
+        check_finite(self.model, GO_BACK)
+        self._watcher.rest()
         if self._watch is not None:
             self.events += self._decided(lambda: self._look_back(last=True))
-        self._watcher.rest()
+        self._tell_of_idle_methods()
         self._updates.rest()
         for method in self.methods:
-            method.convert(self._moment())
+            method.convert(self._moment(self.total_steps))
         self._hands.unfollow()
         self._record(
             "convert",
@@ -293,6 +332,16 @@ class Compressor:
             {"seconds": self.seconds},
         )
         return self.model
+
+    def _tell_of_idle_methods(self) -> None:
+        """Warn of methods whose time has not come, as with a `total_steps` that is too large."""
+        for method in self.methods if self.total_steps else ():
+            due = method.due(self.total_steps)
+            if due is not None and self._step < due:
+                what = f"'{method.name}' never acted: it does at step {due}, and the run ended at step {self._step}"
+                remedy = f"of 'total_steps' = {self.total_steps}. Train on, or pass the steps that the run takes."
+                warnings.warn(f"{what} {remedy}", stacklevel=3)
+                self._record("warning", {"step": self._step, "method": method.name, "what": f"{what}."})
 
     def undo(self) -> None:
         """Take the latest accepted edit back: bit for bit when nothing was trained since.
@@ -318,12 +367,12 @@ class Compressor:
 
     # proposals ------------------------------------------------------------------------------------------------------
 
-    def _moment(self) -> Moment:
+    def _moment(self, total_steps: int) -> Moment:
         return Moment(
             self.model,
             self.graph,
             self._step,
-            self.total_steps,
+            total_steps,
             self._watcher.statistics,
             self.example,
             self.generator,
@@ -334,19 +383,30 @@ class Compressor:
             self._watcher.autocast,
             self._record,
             self._ranks,
+            self._refuse,
         )
 
-    def _run_methods(self) -> list[Event]:
+    def _refuse(self, group: str, why: str) -> None:
+        """A method leaves one group out, and goes on with the others."""
+        n = self.graph[group].n_channels
+        self._refused.append(Event(self._step, group, "refusal", n, n, False, why))
+        self._record("refusal", {"step": self._step, "groups": [group], "why": why})
+
+    def _run_methods(self, total_steps: int) -> list[Event]:
+        """Let the methods whose time it is propose, and try that; in a one-shot (0 steps) all of them."""
         events: list[Event] = []
         for method in self.methods:
-            if self.total_steps and not method.acts(self._step, self.total_steps):
+            if total_steps and not method.acts(self._step, total_steps):
                 continue
+            self._refused = []
             try:
                 check_shapes(self.model, self.graph)
-                if self.total_steps:
+                check_finite(self.model, GO_BACK)
+                if total_steps:
                     self._fill_statistics(method)
                 with self._clock.on("planning"):
-                    proposals = method.step(self._moment())
+                    proposals = method.step(self._moment(total_steps))
+                events += self._refused
                 if proposals:
                     self._check_still_ours()
                     back = self._look_back(last=True)
@@ -359,7 +419,7 @@ class Compressor:
                 self._record("refusal", {**weighed[0], **body}, weighed[1])
                 events.append(Event(self._step, "", method.name, 0, 0, False, str(error)))
                 continue
-            events += self._try_all(method, proposals)
+            events += self._try_all(method, proposals, total_steps)
             if proposals:
                 self._watcher.clear()
         return events
@@ -381,11 +441,11 @@ class Compressor:
         self._updates.check()
         check_enough(self.probe, self._watcher.batch_size)
 
-    def _try_all(self, method: Method, proposals: Sequence[Proposal]) -> list[Event]:
+    def _try_all(self, method: Method, proposals: Sequence[Proposal], total_steps: int) -> list[Event]:
         """Try what a method proposes, and watch what stays where the method asks for it."""
         n_before = len(self._hands.applied)
         events, before = Trials(self._hands, self._gate, self._book, self._step).run(method.name, proposals)
-        n_edits, steps = len(self._hands.applied) - n_before, method.watch(self.total_steps)
+        n_edits, steps = len(self._hands.applied) - n_before, method.watch(total_steps)
         if n_edits:
             self._hands.forget(n_edits)
         if n_edits and steps and before:
@@ -394,10 +454,21 @@ class Compressor:
 
     @property
     def _gate(self) -> Gate:
-        autocast = self._watcher.autocast
         return Gate(
-            self.probe, self.loss, self.max_increase, self.example, self._modes, self.check, autocast, self._clock
+            self.probe,
+            self.loss,
+            self.max_increase,
+            self._budget,
+            self.example,
+            self._modes,
+            self.check,
+            self._watcher.autocast,
+            self._clock,
         )
+
+    @property
+    def _budget(self) -> float:
+        return 4 * self.max_increase if self.max_total_increase is None else self.max_total_increase
 
     @property
     def _book(self) -> Book:
@@ -434,8 +505,8 @@ class Compressor:
         watch = self._watch
         if watch is None or (self._step < watch.due and not last):
             return []
-        self._watch = None
         reading = compare(watch.before, self._gate.losses(self.model))
+        self._watch = None
         back = reading.lower <= 0
         groups = [applied.edit.group for applied in self._hands.applied[-watch.n_edits :]]
         body = {"step": self._step, "groups": groups, "before": reading.before, "after": reading.after}
@@ -491,7 +562,7 @@ class Compressor:
         self._watcher.load_state(self.graph, state["statistics"])
         for method, value in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(value)
-            method.take_up(self._moment())
+            method.take_up(self._moment(self.total_steps))
             self._follow(method)
         self._hands.load_undo(state)
         self.events = [Event.from_state(event) for event in state["events"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from weightfold.errors import DataError, WeightfoldError
-from weightfold.stats.running import call, probing
+from weightfold.stats.running import call, n_samples, probing
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -64,19 +64,12 @@ def check_enough(probe: Sequence[Batch], batch_size: int) -> None:
     Raises:
         DataError: it has fewer samples than a batch.
     """
-    n_probe = sum(_length(inputs) for inputs, _ in probe)
+    n_probe = sum(n_samples(inputs) for inputs, _ in probe)
     if probe and n_probe < batch_size:
         raise DataError(
             f"The probe has {n_probe} samples, fewer than one training batch of {batch_size}.",
             remedy="Pass a larger probe.",
         )
-
-
-def _length(inputs: Any) -> int:
-    if isinstance(inputs, Tensor):
-        return len(inputs)
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return next((len(value) for value in values if isinstance(value, Tensor)), 0)
 
 
 def check_probe(model: nn.Module, probe: Sequence[Batch], loss: Loss) -> None:

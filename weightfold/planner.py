@@ -38,6 +38,7 @@ from weightfold.plan import (
 )
 from weightfold.price import Trails, answers, chance_percent, trails
 from weightfold.size import MacModel
+from weightfold.stats.running import n_samples
 from weightfold.widths import Grid
 
 N_PRICED = 256
@@ -270,10 +271,10 @@ def knew_its_task(scene: Scene) -> bool:
 def _enough(probe: Sequence[Batch]) -> list[Any]:
     """Probe batches until there are samples enough to price by."""
     chosen: list[Any] = []
-    n_samples = 0
-    for batch in probe:
-        chosen.append(batch)
-        n_samples += next((len(x) for x in reversed(batch) if isinstance(x, torch.Tensor)), 1)
-        if n_samples >= N_PRICED:
+    found = 0
+    for inputs, targets in probe:
+        chosen.append((inputs, targets))
+        found += n_samples(targets, inputs) or 1
+        if found >= N_PRICED:
             break
     return chosen

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from weightfold.gate import Batch, Loss
 from weightfold.graph.group import Axis, ChannelGroup
 from weightfold.graph.observe import Key, rows_of
-from weightfold.stats.running import call, probing
+from weightfold.stats.running import call, n_samples, probing
 from weightfold.stats.taps import tapped
 
 MAX_NUMBERS = 2**25
@@ -126,14 +126,14 @@ def trails(
     """
     parts: dict[tuple[str, Key], list[Trail]] = {}
     errors: list[tuple[float | None, int]] = []
-    n_samples = n_numbers = 0
+    n_recorded = n_numbers = 0
     for inputs, targets in batches:
-        size = _size(targets, inputs)
-        if n_samples and n_numbers + n_numbers * size / n_samples > MAX_NUMBERS:
+        size = n_samples(targets, inputs)
+        if n_recorded and n_numbers + n_numbers * size / n_recorded > MAX_NUMBERS:
             errors.append((answers(model, [(inputs, targets)], autocast), size))
             continue
-        found, wrong = _record(model, groups, inputs, targets, loss, n_samples, autocast)
-        n_samples += size
+        found, wrong = _record(model, groups, inputs, targets, loss, n_recorded, autocast)
+        n_recorded += size
         errors.append((wrong, size))
         for key, trail in found.items():
             parts.setdefault(key, []).append(trail)
@@ -141,7 +141,7 @@ def trails(
     n_judged = sum(size for _, size in errors)
     wrongs = [wrong * size for wrong, size in errors if wrong is not None]
     mean = sum(wrongs) / n_judged if n_judged and len(wrongs) == len(errors) else None
-    return Trails({key: _joined(trails) for key, trails in parts.items()}, n_samples, mean, n_judged)
+    return Trails({key: _joined(trails) for key, trails in parts.items()}, n_recorded, mean, n_judged)
 
 
 def _joined(trails: list[Trail]) -> Trail:
@@ -162,7 +162,7 @@ def _record(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[dict[tuple[str, Key], Trail], float | None]:
     opened = {(g.name, a.key): _Open(a) for g in groups for a in g.role("read") if a.tap is not None}
-    size = _size(targets, inputs)
+    size = n_samples(targets, inputs)
     with probing(model), torch.enable_grad(), _recording(model, opened):
         with autocast():
             outputs = call(model, inputs)
@@ -189,7 +189,7 @@ def answers(
 ) -> float | None:
     """Share of the answers on some batches that is wrong, in per cent; None where the targets are not classes."""
     with probing(model), autocast():
-        found = [(error_percent(call(model, x), y), _size(y, x)) for x, y in batches]
+        found = [(error_percent(call(model, x), y), n_samples(y, x)) for x, y in batches]
     wrongs = [wrong * size for wrong, size in found if wrong is not None]
     return sum(wrongs) / sum(size for _, size in found) if wrongs and len(wrongs) == len(found) else None
 
@@ -223,16 +223,6 @@ def error_percent(outputs: Any, targets: Any) -> float | None:
             counted = targets >= 0
             return 100 * float((answers != targets)[counted].double().mean()) if bool(counted.any()) else None
     return None
-
-
-def _size(targets: Any, inputs: Any) -> int:
-    """Samples of a batch: the length of its first tensor."""
-    for part in (targets, inputs):
-        values = part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else (part,)
-        for value in values:
-            if isinstance(value, Tensor) and value.ndim:
-                return len(value)
-    return 0
 
 
 def _recording(model: nn.Module, opened: Mapping[tuple[str, Key], _Open]) -> AbstractContextManager[None]:

@@ -137,7 +137,7 @@ def _reader(model: nn.Module, axis: Axis, moment: SecondMoment, per_channel: flo
     if own.count < per_channel * own.n_channels:
         raise DataError(
             f"'{axis.tensor}' reads {own.n_channels} channels; {own.count} samples are too few to relate them.",
-            remedy="Raise 'stats_batches', or observe more data.",
+            remedy="Raise 'stats_batches', or pass more data to once().",
         )
     centred = takes_mean(model, axis)
     second_CC = (own.covariance() if centred else own.second()).numpy()

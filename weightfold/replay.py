@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Blob = Callable[[str], bytes]
 
 SILENT = frozenset(
-    {"run", "prepare", "edit", "undo", "rollback", "refusal", "convert", "result", "plan", "watch", "freeze"}
+    {"run", "prepare", "edit", "undo", "rollback", "refusal", "convert", "result", "plan", "watch", "freeze", "warning"}
 )
 """Kinds of entries that change nothing of the structure, or whose change is replayed."""
 

@@ -17,7 +17,6 @@ from weightfold.graph.apply import Companion, Undo, after, apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.followers import with_followers, without_followers
 from weightfold.graph.group import ChannelGraph
-from weightfold.graph.sizes import sync_sizes
 from weightfold.graph.unfold import unfold_undo, widen
 from weightfold.history import Origin
 from weightfold.methods.base import Proposal
@@ -31,12 +30,14 @@ class Applied:
     Args:
         graph: as it was before the edit; ``origin`` likewise.
         undo: what was replaced; None once nobody may want it back.
+        rise: its share of what its event has raised the probe loss by; 0 where that was not measured.
     """
 
     edit: Edit
     graph: ChannelGraph
     origin: Origin
     undo: Undo | None
+    rise: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +80,9 @@ class Surgeon:
         """Name what must follow every edit.
 
         Raises:
-            EditError: an optimiser holds other parameters, or an averaged copy is one of another network.
+            EditError: an optimiser holds other parameters or cannot follow, or an averaged copy is of another network.
         """
+        optim.check_follows(optimizers)
         optim.assert_live(self.model, optimizers)
         self.optimizers, self.averaged = tuple(optimizers), tuple(map(_own, averaged))
         for companion in self.averaged:
@@ -120,9 +122,19 @@ class Surgeon:
         self.touched = True
         return apply(self.model, graph or self.graph, edit, (*self.optimizers, *self.own), self.averaged)
 
-    def keep(self, edit: Edit, graph: ChannelGraph, undo: Undo) -> None:
+    @property
+    def spent(self) -> float:
+        """By how much the edits that stand have raised the probe loss."""
+        return sum(applied.rise for applied in self.applied)
+
+    def take_rises(self, rises: Sequence[float]) -> None:
+        """Take up what each edit was measured to have raised the probe loss by."""
+        for applied, rise in zip(self.applied, rises, strict=True):
+            applied.rise = float(rise)
+
+    def keep(self, edit: Edit, graph: ChannelGraph, undo: Undo, rise: float = 0.0) -> None:
         """Count an attempted edit as part of the network."""
-        self.applied.append(Applied(edit, self.graph, self.origin.copy(), undo))
+        self.applied.append(Applied(edit, self.graph, self.origin.copy(), undo, rise))
         self.origin.follow(self.graph[edit.group], edit)
         self.graph = graph
         self.journal.append(edit)
@@ -131,6 +143,15 @@ class Surgeon:
         """Take attempts back that were not counted, the latest first."""
         for undo in reversed(undos):
             undo.restore()
+
+    def drop(self, n_latest: int) -> None:
+        """Take back edits that were kept a moment ago, as if they had never been."""
+        for _ in range(n_latest):
+            last = self.applied.pop()
+            assert last.undo is not None
+            last.undo.restore()
+            self.graph, self.origin = last.graph, last.origin
+            self.journal.pop()
 
     def forget(self, n_latest: int) -> None:
         """Hold in memory what the latest edits replaced, and nothing older."""
@@ -149,9 +170,6 @@ class Surgeon:
         assert last.undo is not None
         self._forget_newer_state(last.undo)
         last.undo.restore()
-        group, narrow = last.graph[last.edit.group], self.graph[last.edit.group]
-        back = Edit(group.name, "undo", narrow.n_channels, torch.arange(group.n_channels))
-        sync_sizes(self.model, narrow, back, list(dict.fromkeys(a.tensor for a in group.axes)), [])
         self.graph, self.origin = last.graph, last.origin
         optim.assert_live(self.model, self.optimizers)
         return last.edit
@@ -202,6 +220,7 @@ class Surgeon:
             "edits": [applied.edit.to_record(put) for applied in self.applied],
             "maps": maps,
             "undo": [a.undo.to_state(self.averaged) for a in watched if a.undo is not None],
+            "rises": [applied.rise for applied in self.applied],
             "shapes": {name: list(shape) for name, shape in without_followers(self.graph).shapes.items()},
         }
 
@@ -215,14 +234,18 @@ class Surgeon:
             raise EditError("The network was edited already.", remedy="Load into a freshly built and prepared one.")
         maps = state["maps"]
         self.obey([Edit.from_record(record, lambda key: maps[key].numpy().tobytes()) for record in state["edits"]])
+        self.take_rises(state.get("rises", [0.0] * len(self.applied)))
         self._check_shapes(state["shapes"])
 
     def load_undo(self, state: Mapping[str, Any]) -> None:
         """Take up what the watched edits replaced, once all that they reached is there again."""
         undos = state["undo"]
+        watched = self.applied[len(self.applied) - len(undos) :]
+        attributes = [[] if applied.undo is None else applied.undo.attributes for applied in watched]
         self.forget(0)
-        for applied, undo in zip(self.applied[len(self.applied) - len(undos) :], undos, strict=True):
+        for applied, undo, sizes in zip(watched, undos, attributes, strict=True):
             applied.undo = Undo.from_state(undo, self.model, (*self.optimizers, *self.own), self.averaged)
+            applied.undo.attributes = sizes
 
     def _check_shapes(self, expected: Mapping[str, Any]) -> None:
         found = {name: list(shape) for name, shape in self.graph.shapes.items()}

@@ -314,6 +314,6 @@ def test_a_run_that_ends_before_anything_was_compressed() -> None:
     c.prepare(optimizer := adam(model))
     train(c, optimizer, range(20))
     before = fingerprint(model)
-    with pytest.warns(UserWarning, match="Nothing was compressed: the run ended at step 20, quantisation begins at 30"):
+    with pytest.warns(UserWarning, match="never acted: it does at step 30, and the run ended at step 20"):
         c.convert()
     assert fingerprint(model) == before

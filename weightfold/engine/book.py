@@ -62,7 +62,12 @@ class Book:
             **head,
             "what": {**what, "edit": edit.to_record(self.ledger.put_blob)},
             "why": proposal.why,
-            "price": {"predicted": proposal.predicted, "attempts": list(attempts), "probe_batches": self.n_probe},
+            "price": {
+                "predicted": proposal.predicted,
+                "attempts": list(attempts),
+                "probe_batches": self.n_probe,
+                "risen": hands.spent,
+            },
             "gain": {"parameters": parameters(hands.model), "macs": macs(hands.model, self.example)},
             "proof": {"weights": digest({n: find_tensor(hands.model, n)[2] for n in names}), "undo": blob},
             "reset": sorted(undo.reset),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ class Gate:
         probe: fixed batches (inputs, targets); without them nothing is measured.
         loss: what is measured on them.
         max_increase: how much one event may raise the probe loss (its upper 95 % bound).
+        budget: how much all events together may: the mean rises of those that stand, and the bound of the next.
         example: what the network was traced with; its forward is tried on it after an edit.
         modes: modes in which its forward ran before: False for evaluation, True for training.
         check: looks at the network after edits that the probe lets pass, and says why it may not be so.
@@ -38,6 +39,7 @@ class Gate:
     probe: Sequence[Batch]
     loss: Loss | None
     max_increase: float
+    budget: float
     example: Any
     modes: Sequence[bool]
     check: Callable[[nn.Module], str] | None
@@ -55,10 +57,19 @@ class Gate:
         with self.clock.on("gate"):
             return why_not(model, self.example, self.modes)
 
-    def refusal(self, model: nn.Module, reading: Reading | None) -> str:
-        """Why the network may not be as it is now; empty where it may."""
+    def refusal(self, model: nn.Module, reading: Reading | None, spent: float) -> str:
+        """Why the network may not be as it is now; empty where it may.
+
+        Args:
+            spent: by how much the events that stand have raised the probe loss.
+        """
         if reading is not None and not (reading.upper <= self.max_increase and math.isfinite(reading.upper)):
             return f"the probe loss may rise by {reading.upper:.4g}, more than {self.max_increase:.4g}"
+        if reading is not None and spent + max(reading.upper, 0.0) > self.budget:
+            return (
+                f"the probe loss may rise by {reading.upper:.4g} and has risen by {spent:.4g} in the events before, "
+                f"together more than {self.budget:.4g}"
+            )
         if self.check is None:
             return ""
         with self.clock.on("gate"):
@@ -101,9 +112,11 @@ class Trials:
                 self.book.record("refusal", {"method": method, "step": self.step, "groups": groups, "why": reason})
             return []
         seconds = (time.perf_counter() - started) / len(proposals)
+        attempts = []
         for trial in done:
             others = [name for name in groups if name != trial.proposal.edit.group]
-            self._keep(method, trial, [attempt_record(trial.proposal, reading, "", others)], seconds)
+            attempts.append([attempt_record(trial.proposal, reading, "", others)])
+        self._keep(method, done, reading, attempts, seconds)
         return [Event.of(self.step, proposal, reading, "", seconds) for proposal in proposals]
 
     def _alone(self, method: str, proposal: Proposal) -> Event:
@@ -117,8 +130,7 @@ class Trials:
             reading, done, reason = self._attempt([current], before)
             attempts.append(attempt_record(current, reading, reason))
             if reason == "":
-                for trial in done:
-                    self._keep(method, trial, attempts, time.perf_counter() - started)
+                self._keep(method, done, reading, [attempts] * len(done), time.perf_counter() - started)
                 return Event.of(self.step, current, reading, "", time.perf_counter() - started)
             current = current.less()
         self.book.record(
@@ -142,7 +154,7 @@ class Trials:
             reading, reason = None, self.gate.broken(self.hands.model)
             if not reason:
                 reading = compare(before, self._losses()) if before else None
-                reason = self.gate.refusal(self.hands.model, reading)
+                reason = self.gate.refusal(self.hands.model, reading, self.hands.spent)
         except EditError as error:
             self.hands.restore([trial.undo for trial in done])
             return None, [], error.message
@@ -154,8 +166,29 @@ class Trials:
             return reading, [], reason
         return reading, done, ""
 
-    def _keep(self, method: str, trial: Trial, attempts: list[dict[str, Any]], seconds: float) -> None:
-        """Take an accepted edit into the network for good, and into the record."""
-        what = self.hands.origin.members(self.hands.graph[trial.edit.group], trial.edit)
-        self.hands.keep(trial.edit, trial.after, trial.undo)
-        self.book.edit(self.hands, trial, what, attempts, {"method": method, "step": self.step}, seconds)
+    def _keep(
+        self,
+        method: str,
+        trials: Sequence[Trial],
+        reading: Reading | None,
+        attempts: Sequence[Sequence[Mapping[str, Any]]],
+        seconds: float,
+    ) -> None:
+        """Take accepted edits into the network for good, and into the record; those that it fails on, back.
+
+        Args:
+            attempts: what was tried for each of them.
+        """
+        rise = 0.0 if reading is None else max(reading.mean, 0.0) / len(trials)
+        members = []
+        for trial in trials:
+            members.append(self.hands.origin.members(self.hands.graph[trial.edit.group], trial.edit))
+            self.hands.keep(trial.edit, trial.after, trial.undo, rise)
+        recorded = 0
+        try:
+            for trial, what, tried in zip(trials, members, attempts, strict=True):
+                self.book.edit(self.hands, trial, what, tried, {"method": method, "step": self.step}, seconds)
+                recorded += 1
+        except BaseException:
+            self.hands.drop(len(trials) - recorded)
+            raise

@@ -40,10 +40,14 @@ class Undo:
             optimizer.state[find_tensor(model, name)[2]] = state
         for mapping, name, old in reversed(self.mappings):
             mapping[name] = old
-        for owner, name, value in reversed(self.attributes):
-            setattr(owner, name, value)
+        self.restore_attributes()
         for model, _ in self.by_module() if flush else ():
             flush_caches(model)
+
+    def restore_attributes(self) -> None:
+        """Put the sizes that modules tell of themselves back."""
+        for owner, name, value in reversed(self.attributes):
+            setattr(owner, name, value)
 
     def by_module(self) -> list[tuple[nn.Module, dict[str, Tensor]]]:
         """The tensors that were replaced in the model and in each averaged copy, by name."""

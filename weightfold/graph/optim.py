@@ -8,13 +8,15 @@ and sizes of steps, are those of the channel that is carried on. Averaged weight
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from weightfold.errors import EditError
+from weightfold.errors import ConfigError, EditError
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import Axis, ChannelGroup
 from weightfold.graph.layout import Layout, edited, from_front, gauge_factors, layout, mix, scale_rows, select, to_front
@@ -131,6 +133,8 @@ def _new_state(
     new = dict(state)
     new |= _factored(state, parameter.shape, lambda full: _through(full, group, edit, tensor, _square))
     for key, value in state.items():
+        if isinstance(value, list | tuple | dict | deque) and any(isinstance(x, Tensor) for x in tree_leaves(value)):
+            return None
         if not isinstance(value, Tensor) or value.ndim == 0 or any(key in pair[:2] for pair in FACTORED):
             continue
         rule = _rule(optimizer, key)
@@ -138,6 +142,73 @@ def _new_state(
             return None
         new[key] = _through(value, group, edit, tensor, rule)
     return new
+
+
+def plain(optimizers: Sequence[Any]) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimisers that step, inside what frameworks wrap around them.
+
+    Raises:
+        ConfigError: something else than an optimiser was given.
+    Example:
+        >>> class Wrapped:
+        ...     def __init__(self, optimizer):
+        ...         self.optimizer = optimizer
+        >>> [type(o).__name__ for o in plain([Wrapped(torch.optim.SGD([torch.zeros(1)], lr=0.1))])]
+        ['SGD']
+    """
+    found: dict[int, torch.optim.Optimizer] = {}
+    for given in optimizers:
+        inside = _held_by(given, set())
+        if not inside:
+            raise _no_optimizer(given)
+        found.update((id(optimizer), optimizer) for optimizer in inside)
+    return tuple(found.values())
+
+
+def _held_by(given: Any, seen: set[int]) -> list[torch.optim.Optimizer]:
+    """The optimisers that an object holds, or it itself where it holds none."""
+    if id(given) in seen:
+        return []
+    seen.add(id(given))
+    values = getattr(given, "__dict__", {}).values()
+    parts = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
+    held = [o for part in parts if isinstance(part, torch.optim.Optimizer) for o in _held_by(part, seen)]
+    return held or ([given] if isinstance(given, torch.optim.Optimizer) else [])
+
+
+def _no_optimizer(given: Any) -> ConfigError:
+    return ConfigError(
+        f"prepare() takes torch optimisers; got '{type(given).__name__}'.",
+        remedy="Pass the optimiser whose step() trains the model, or a list of them.",
+    )
+
+
+def check_follows(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse optimisers whose state cannot follow an edit: one history for all parameters together.
+
+    Raises:
+        EditError: names the optimiser.
+    """
+    for optimizer in optimizers:
+        named = any("lbfgs" in kind.__name__.lower() for kind in type(optimizer).__mro__)
+        if named or any(_is_joint(optimizer, group["params"]) for group in optimizer.param_groups):
+            raise EditError(
+                f"The optimiser {type(optimizer).__name__} keeps one history for all parameters together, "
+                "which cannot follow an edit.",
+                remedy="Train with one that keeps its state by parameter, such as torch.optim.AdamW; or compress after "
+                "training, with once() of a compressor that is prepared without an optimiser.",
+            )
+
+
+def _is_joint(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> bool:
+    """Whether some parameter's state is as long as all parameters of its group together."""
+    n_all = sum(p.numel() for p in params)
+    for p in params:
+        for value in optimizer.state.get(p, {}).values() if n_all > p.numel() else ():
+            parts = value if isinstance(value, list | tuple | deque) else (value,)
+            if any(isinstance(part, Tensor) and part.shape == (n_all,) for part in parts):
+                return True
+    return False
 
 
 def assert_live(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], beside: Sequence[Tensor] = ()) -> None:

@@ -79,6 +79,7 @@ def unfold_undo(
         states = {name: state for _, module, name, state in undo.optimizer if module is target}
         shifted = {name: value for module, name, value in undo.shifted if module is target}
         unfold(target, graph_before, edit, old, optimizers if states else (), states, shifted or None)
+    undo.restore_attributes()
     group, narrow = graph_before[edit.group], after(graph_before, edit)[edit.group]
     for mapping, old in undo.by_mapping():
         names = {spelling: graph_before.aliases.get(spelling, spelling) for spelling in old}

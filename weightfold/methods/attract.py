@@ -180,6 +180,9 @@ class Attract(Method):
         less = partial(self._proposal, moment, group, _without(labels, several[1::2] or several))
         return Proposal(merge(group, torch.tensor(labels)), why, None, less)
 
+    def due(self, total_steps: int) -> int | None:
+        return None if self._done else max(1, round(self.config.at * total_steps))
+
     def acts(self, step: int, total_steps: int) -> bool:
         """From the start of the pull until the merge."""
         return not self._done and (not total_steps or step >= round(self.config.start * total_steps))

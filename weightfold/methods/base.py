@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.config import Config, nearest
-from weightfold.errors import ConfigError, WeightfoldError
+from weightfold.errors import ConfigError, DataError, WeightfoldError
 from weightfold.gate import Batch, Loss
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 Key = tuple[str, int]
 """(tensor, dimension) of a reading axis."""
+
+
+def _refuse_all(group: str, why: str) -> None:
+    raise DataError(f"'{group}': {why}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,7 @@ class Moment:
         autocast: the mixed precision that training uses.
         record: write a fact into the ledger: kind, body (hashed: what would be the same in a second run), aside.
         ranks: the processes that train this network.
+        refuse: leave one group out, with the reason, and go on with the others; by default that is an error.
     """
 
     model: nn.Module
@@ -58,6 +63,7 @@ class Moment:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     record: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda *_: None
     ranks: Ranks = field(default_factory=Ranks)
+    refuse: Callable[[str, str], None] = _refuse_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +129,15 @@ def check_liked(graph: ChannelGraph, names: Collection[str]) -> None:
             )
 
 
+@contextmanager
+def leaving_out(moment: Moment, group: str) -> Iterator[None]:
+    """Where something of one group is wrong, refuse that group and go on."""
+    try:
+        yield
+    except WeightfoldError as error:
+        moment.refuse(group, str(error))
+
+
 class Refused(WeightfoldError):
     """A method has looked and decided against any edit: the run goes on as it is, and the reason is recorded.
 
@@ -165,6 +180,10 @@ class Method:
     def acts(self, step: int, total_steps: int) -> bool:
         """Whether `step` may propose anything after this step; the same on every rank of a distributed run."""
         return True
+
+    def due(self, total_steps: int) -> int | None:
+        """The step by which it acts; None once it has, or where it waits for none."""
+        return None
 
     def watch(self, total_steps: int) -> int:
         """Steps after an accepted event at which the loss must be back where it was; 0: nobody looks."""

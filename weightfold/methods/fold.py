@@ -31,7 +31,7 @@ from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.heads import HeadJob, partner_of
-from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, check_liked, named_groups
+from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, check_liked, leaving_out, named_groups
 from weightfold.plan import SHARES, AnyJob, Decision
 from weightfold.planner import Planner, knew_its_task
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
@@ -183,6 +183,9 @@ class Fold(Method):
         """At its looks, until it has decided."""
         return not total_steps or (not self._done and step in self.looks(total_steps))
 
+    def due(self, total_steps: int) -> int | None:
+        return None if self._done else self.event(total_steps)
+
     def observes(self, step: int, total_steps: int) -> bool:
         """Before each look; always in a one-shot."""
         if not total_steps:
@@ -222,6 +225,8 @@ class Fold(Method):
         if self.config.dialled and moment.total_steps:
             return self._by_dial(moment)
         jobs = self._jobs(moment, dict(moment.statistics))
+        if not jobs:
+            return []
         return self._proposals(jobs, self._widths(moment, jobs), self._grid(moment))
 
     def _due(self, moment: Moment) -> bool:
@@ -267,6 +272,8 @@ class Fold(Method):
         heads = self._head_jobs(moment, statistics)
         taken = {job.observed.name for job in heads}
         jobs: list[AnyJob] = [*(j for j in self._jobs(moment, statistics) if j.group.name not in taken), *heads]
+        if not jobs:
+            return []
         planner = self._planner(moment, jobs, started)
         self.decision = decision = planner.decide()
         found, aside = planner.account(decision, "the kept set has settled" if self._settled else "the latest step")
@@ -314,7 +321,11 @@ class Fold(Method):
             raise DataError(
                 "No group has statistics to fold by.", remedy="Run some batches under an Observer of the same graph."
             )
-        return [self._job(moment, group, statistics) for group in seen]
+        found = []
+        for group in seen:
+            with leaving_out(moment, group.name):
+                found.append(self._job(moment, group, statistics))
+        return found
 
     def _job(self, moment: Moment, group: ChannelGroup, statistics: Mapping[Key, SecondMoment]) -> Job:
         ridge = self._ridge(moment)
@@ -334,8 +345,9 @@ class Fold(Method):
             inner = partner_of(moment.graph, group)
             if inner is None or group.name in moment.frozen or inner.role("read")[0].key not in statistics:
                 continue
-            [reader] = readers_of(moment.model, inner, statistics, 1.0 if ridge < STRONG else 0.25)
-            found.append(HeadJob.of(group, inner, reader, ridge))
+            with leaving_out(moment, group.name):
+                [reader] = readers_of(moment.model, inner, statistics, 1.0 if ridge < STRONG else 0.25)
+                found.append(HeadJob.of(group, inner, reader, ridge))
         return found
 
     def _least(self, group: ChannelGroup, moment: Moment) -> int:

@@ -40,6 +40,7 @@ from weightfold.methods.base import Method, Moment, Proposal, named_groups
 from weightfold.redundancy import takes_mean
 from weightfold.repair import distance
 from weightfold.standin import first_rows, observable, paired, represent, solved
+from weightfold.stats.running import Arguments, inputs_of
 from weightfold.widths import Grid, Widths
 
 TILTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0)
@@ -83,7 +84,7 @@ class Lump(Method):
     """Lumps the network once: after a share of the run's steps, or at once on a trained network.
 
     Args:
-        inputs: unlabelled batches, as the model takes them (a tensor, or a tuple), to solve the readers on.
+        inputs: batches as a data loader gives them, to solve the readers on; targets behind the inputs are left out.
 
     Attributes:
         proposed: what the last step proposed.
@@ -105,6 +106,7 @@ class Lump(Method):
     def __init__(self, config: Config | None = None, *, inputs: Iterable[Any] = (), **settings: Any) -> None:
         super().__init__(config, **settings)
         self.inputs = list(inputs)
+        self._given: list[Arguments] = []
         self.proposed: list[Proposal] = []
         self._done = False
 
@@ -115,6 +117,9 @@ class Lump(Method):
     def acts(self, step: int, total_steps: int) -> bool:
         """At its event; always in a one-shot."""
         return not total_steps or (not self._done and step >= self.event(total_steps))
+
+    def due(self, total_steps: int) -> int | None:
+        return None if self._done else self.event(total_steps)
 
     def prepare(self, moment: Moment) -> None:
         """Check that some group can be lumped.
@@ -129,6 +134,7 @@ class Lump(Method):
         if moment.total_steps and not self.acts(moment.step, moment.total_steps):
             return []
         self._done = True
+        self._given = [inputs_of(moment.model, batch, moment.example) for batch in self.inputs]
         twin = copy.deepcopy(moment.model).eval()
         self.proposed = self._by_eps(twin, moment) if self.config.eps is not None else self._by_target(twin, moment)
         return self.proposed
@@ -164,7 +170,7 @@ class Lump(Method):
                 continue
             edit = found.edit(group)
             whole_group = moment.graph[name]
-            if self.inputs and observable(group) and group.n_channels == whole_group.n_channels:
+            if self._given and observable(group) and group.n_channels == whole_group.n_channels:
                 edit = self._compensated(moment.model, whole_group, twin, graph, edit)
             graph, _ = apply(twin, graph, edit)
             out.append(Proposal(edit, self._why(edit, found.kinds, found.mean)))
@@ -176,7 +182,7 @@ class Lump(Method):
         """The same lumping, with the readers solved for what they read in the whole network."""
         trial = copy.deepcopy(twin)
         after, _ = apply(trial, graph, edit)
-        pairs = paired(whole, before, trial, after[edit.group], self.inputs)
+        pairs = paired(whole, before, trial, after[edit.group], self._given)
         reads, shift = {}, {}
         for axis in graph[edit.group].role("read"):
             wished, now = pairs[axis.key]
@@ -245,7 +251,7 @@ class Lump(Method):
 
     def _by_target(self, twin: nn.Module, moment: Moment) -> list[Proposal]:
         share = 0.5 if self.config.target is None else self.config.target
-        inputs = self.inputs or [x for x, _ in moment.probe] or surrogate(moment, self.config.samples)
+        inputs = self._given or [x for x, _ in moment.probe] or surrogate(moment, self.config.samples)
         groups = [g for g in self._groups(moment.graph) if observable(g)]
         if not groups:
             raise ConfigError("No group can be lumped to a target: nothing that can be observed reads one.")
@@ -345,14 +351,14 @@ def surrogate(moment: Moment, n_samples: int) -> list[Any]:
         DataError: the example holds whole numbers, for which nothing stands in.
     """
     args, kwargs = arguments(moment.example)
-    if kwargs or not all(isinstance(x, Tensor) and x.is_floating_point() and x.ndim for x in args):
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.ndim for x in (*args, *kwargs.values())):
         raise DataError(
             "Standard normal numbers cannot stand in for this network's inputs.",
             remedy="Pass unlabelled inputs, or lump by 'eps'.",
         )
     batches = -(-n_samples // 128)
     draw = lambda x: torch.randn(128, *x.shape[1:], generator=moment.generator, dtype=x.dtype)  # noqa: E731
-    return [tuple(draw(x) for x in args) for _ in range(batches)]
+    return [(tuple(draw(x) for x in args), {k: draw(x) for k, x in kwargs.items()}) for _ in range(batches)]
 
 
 def _batch(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

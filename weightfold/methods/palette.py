@@ -407,6 +407,11 @@ class Palette:
 
     name: ClassVar[str] = "palette"
     Config: ClassVar[type[PaletteConfig]] = PaletteConfig
+    by_itself: ClassVar[str] = (
+        "Call compressor.convert() first; then palette.attach(net, optimizer, total_steps=n), palette.step() after "
+        "every optimiser step, and palette.convert()."
+    )
+    """how it is used, since a compressor does not take it"""
 
     def __init__(self, config: PaletteConfig | None = None, **settings: Any) -> None:
         self.config = PaletteConfig(**settings) if config is None else config

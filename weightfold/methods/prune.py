@@ -27,7 +27,7 @@ from weightfold.graph.apply import find_tensor
 from weightfold.graph.edit import remove
 from weightfold.graph.group import ChannelGroup
 from weightfold.graph.observe import axis_rows, gather
-from weightfold.methods.base import Method, Moment, Proposal, check_liked, named_groups
+from weightfold.methods.base import Method, Moment, Proposal, check_liked, leaving_out, named_groups
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform, uniform_for_macs
 
@@ -170,6 +170,13 @@ class Prune(Method):
         event = self.event(total_steps)
         return total_steps == 0 or event - self.config.stats_batches <= step < event
 
+    def acts(self, step: int, total_steps: int) -> bool:
+        """At its event; always in a one-shot."""
+        return not total_steps or (not self._done and step >= self.event(total_steps))
+
+    def due(self, total_steps: int) -> int | None:
+        return None if self._done else self.event(total_steps)
+
     def step(self, moment: Moment) -> list[Proposal]:
         """Propose one removal per group when the time has come."""
         if moment.total_steps and (self._done or moment.step < self.event(moment.total_steps)):
@@ -177,7 +184,13 @@ class Prune(Method):
         self._done = True
         groups = self._groups(moment)
         criterion = CRITERIA[self.config.criterion]
-        scores = {g.name: criterion(moment, g, self.config.norm_scale) for g in groups}
+        scores: dict[str, Tensor] = {}
+        for group in groups:
+            with leaving_out(moment, group.name):
+                scores[group.name] = criterion(moment, group, self.config.norm_scale)
+        groups = [g for g in groups if g.name in scores]
+        if not groups:
+            return []
         widths = self._widths(moment, groups, scores)
         found = [self._proposal(g, scores[g.name], widths.get(g.name, g.n_channels)) for g in groups]
         return [proposal for proposal in found if proposal is not None]

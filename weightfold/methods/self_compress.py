@@ -170,9 +170,7 @@ class SelfCompress(Method):
             why = "; ".join(f"'{n}': {r}" for n, r in list(self.refused.items())[:3])
             raise ConfigError(f"No parameter can be compressed{': ' + why if why else ''}.")
         if moment.total_steps == 0:
-            raise ConfigError(
-                "Self-compression learns in training, and cannot be done at once.", remedy="Pass total_steps."
-            )
+            raise _needs_training()
         measured = {"max_accuracy_loss": config.max_accuracy_loss, "pareto": config.pareto, "guard": config.guard}
         if not moment.probe and (name := next((name for name, value in measured.items() if value), None)):
             raise ConfigError(f"{name} needs a probe to measure by.", remedy="Pass probe= and loss=.")
@@ -202,6 +200,9 @@ class SelfCompress(Method):
 
     def updates(self, step: int, total_steps: int) -> bool:
         return total_steps > 0 and step >= self._begin(total_steps)
+
+    def due(self, total_steps: int) -> int | None:
+        return self._begin(total_steps) if self._learner is None and self.result is None else None
 
     def acts(self, step: int, total_steps: int) -> bool:
         return self.config.remove and step > self._begin(total_steps) and self._due(step, total_steps)
@@ -253,11 +254,7 @@ class SelfCompress(Method):
                     f"'{lost[0]}' is not finite at step {moment.step}, at which quantisation begins.",
                     remedy="Lower the learning rate, or look at the batches before this step.",
                 )
-            values = {n: start(named[n], named[n].shape[0], config.resolution) for n in self._names}
-            self._learner = Learner(moment.model, values, config.step_lr, config.bits_lr, config.regrowth)
-            self._activations = self._new_activations(moment)
-            self._measure(self._learner, moment)
-            self._still = self._checksums()
+            self._start(moment)
             return
         pace = self._pace(moment)
         scale = self._learner.learn(moment.ranks, self.price, pace, moment.step)
@@ -275,6 +272,22 @@ class SelfCompress(Method):
             self._aim.update(share)
         elif isinstance(self._aim, Budget) and moment.step % config.refresh == 0:
             self._aim.update(share, self._size)
+
+    def _start(self, moment: Moment) -> None:
+        """Put quantisers on; off again where the network cannot be run or measured with them."""
+        config, named = self.config, dict(moment.model.named_parameters())
+        values = {n: start(named[n], named[n].shape[0], config.resolution) for n in self._names}
+        self._learner = Learner(moment.model, values, config.step_lr, config.bits_lr, config.regrowth)
+        try:
+            self._activations = self._new_activations(moment)
+            self._measure(self._learner, moment)
+            self._still = self._checksums()
+        except BaseException:
+            if self._activations is not None:
+                self._activations.release()
+            self._learner.release()
+            self._learner = self._activations = None
+            raise
 
     def _new_activations(self, moment: Moment) -> Activations | None:
         """Grids at the inputs of all layers whose weights are quantised."""
@@ -382,7 +395,13 @@ class SelfCompress(Method):
     # what is cut ----------------------------------------------------------------------------------------------------
 
     def step(self, moment: Moment) -> list[Proposal]:
-        """Propose to cut what has been dead for a while."""
+        """Propose to cut what has been dead for a while.
+
+        Raises:
+            ConfigError: in a one-shot.
+        """
+        if moment.total_steps == 0:
+            raise _needs_training()
         if self._learner is None:
             return []
         last = moment.step == moment.total_steps
@@ -450,9 +469,6 @@ class SelfCompress(Method):
     def convert(self, moment: Moment) -> None:
         """Give the network exactly the values of its file, and take the quantisers off."""
         if self._learner is None:
-            begins = self._begin(moment.total_steps)
-            text = f"Nothing was compressed: the run ended at step {moment.step}, quantisation begins at {begins}."
-            warnings.warn(f"{text} Train on, or give the run's own total_steps.", stacklevel=2)
             return
         self._learner.count()
         self.result = self._trimmed(self._learner, self._coded(moment.model))
@@ -535,6 +551,13 @@ class SelfCompress(Method):
         if self._activations is not None:
             self._activations.load_state(state["activations"])
         self._front.load_state(state.get("front", ()), moment.model)
+
+
+def _needs_training() -> ConfigError:
+    return ConfigError(
+        "Self-compression learns in training, and cannot be done at once.",
+        remedy="Pass total_steps= to the Compressor, and call its step() after every step of the optimiser.",
+    )
 
 
 def _mean_bits(bits_R: Any) -> float:

@@ -141,6 +141,11 @@ class Tie:
 
     name: ClassVar[str] = "tie"
     Config: ClassVar[type[TieConfig]] = TieConfig
+    by_itself: ClassVar[str] = (
+        "Call compressor.convert() first; then tie.prepare(net, optimizer, loss=loss, probe=probe, total_steps=n), "
+        "tie.step() after every optimiser step, and tie.convert()."
+    )
+    """how it is used, since a compressor does not take it"""
 
     def __init__(self, config: TieConfig | None = None, **settings: Any) -> None:
         self.config = TieConfig(**settings) if config is None else config

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from weightfold.graph.trace import arguments
 
@@ -85,6 +86,17 @@ def call(model: nn.Module, batch: Any, example: Any = None) -> Any:
     """
     args, kwargs = inputs_of(model, batch, example)
     return model(*args, **kwargs)
+
+
+def n_samples(*batches: Any) -> int:
+    """Samples of a batch: the length of its first tensor, however deep it stands; 0 without one.
+
+    Example:
+        >>> n_samples({"x": torch.zeros(5, 2)}), n_samples("none", ((torch.zeros(3),), {}))
+        (5, 3)
+    """
+    leaves = pytree.tree_leaves([dict(b) if isinstance(b, Mapping) else b for b in batches])
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 @contextmanager
