@@ -14,7 +14,7 @@ from weightfold.graph import optim
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import EDITS, Axis, ChannelGraph, ChannelGroup, Gauge
 from weightfold.graph.layout import Layout, edited, from_front, gauge_factors, layout, to_front
-from weightfold.graph.sizes import sync_sizes
+from weightfold.graph.sizes import grouped_tensors, sync_sizes
 from weightfold.graph.trace import flush_caches
 
 Companion = nn.Module | MutableMapping[str, Tensor]
@@ -296,7 +296,7 @@ def _apply_to(
                 undo.reset.append(name)
             optimizer.state[old] = {} if state is None else state
         undo.tensors.append((module, name, put_tensor(old, value)))
-    sync_sizes(module, group, edit, names, undo.attributes)
+    sync_sizes(module, group, edit, names, grouped_tensors(graph), undo.attributes)
 
 
 def _apply_to_mapping(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from weightfold.graph.edit import Edit
-from weightfold.graph.group import ChannelGroup
+from weightfold.graph.group import ChannelGraph, ChannelGroup
 
 Change = tuple[Any, str, Any]
 """(owner, attribute, value before)."""
@@ -41,9 +41,24 @@ def _shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
-def sync_module(module: nn.Module, blocks: bool, rows_before: int | None, changes: list[Change]) -> None:
+def sync_module(
+    module: nn.Module,
+    blocks: bool,
+    rows_before: int | None,
+    changes: list[Change],
+    scales_groups: bool | None = None,
+) -> None:
+    """Set the sizes that one module tells of itself.
+
+    Args:
+        blocks: whether whole groups of a GroupNorm have gone.
+        rows_before: of its weight, before.
+        scales_groups: whether a convolution has fewer groups with fewer rows; None: as it looks.
+    """
     if isinstance(module, nn.modules.conv._ConvNd):
-        _sync_conv(module, blocks, rows_before, changes)
+        depthwise = module.groups > 1 and module.in_channels == module.groups
+        scales_groups = depthwise if scales_groups is None else scales_groups
+        _sync_conv(module, rows_before if scales_groups else None, changes)
         return
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         for name, (leaf, dim) in (_RECURRENT if isinstance(module, nn.RNNBase) else _CELL).items():
@@ -65,10 +80,9 @@ def sync_module(module: nn.Module, blocks: bool, rows_before: int | None, change
             _set(module, name, shape[dim], changes)
 
 
-def _sync_conv(conv: Any, blocks: bool, rows_before: int | None, changes: list[Change]) -> None:
+def _sync_conv(conv: Any, rows_before: int | None, changes: list[Change]) -> None:
     shape = tuple(conv.weight.shape)
-    depthwise = conv.groups > 1 and shape[1] == 1
-    if conv.groups > 1 and rows_before and (blocks or depthwise):
+    if rows_before:
         _set(conv, "groups", conv.groups * shape[0] // rows_before, changes)
     out, into = (1, 0) if conv.transposed else (0, 1)
     _set(conv, "out_channels", shape[out] * (conv.groups if conv.transposed else 1), changes)
@@ -85,10 +99,33 @@ def _strip(path: str) -> str:
     return "" if path.startswith("parametrizations.") else path
 
 
-def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequence[str], changes: list[Change]) -> None:
+def _scales_groups(group: ChannelGroup, tensor: str, grouped: Collection[str]) -> bool:
+    """Whether a convolution has fewer groups where it has fewer rows: a depthwise one, or one that loses whole groups.
+
+    The graph tells, not the layer: one that is left with a single channel looks like any other.
+    """
+    return any(a.tensor == tensor and a.role == "pointwise" and a.dim == 0 for a in group.axes) or (
+        group.kind == "blocks" and tensor in grouped
+    )
+
+
+def grouped_tensors(graph: ChannelGraph) -> set[str]:
+    """The weights that are read in slabs, one per group of a convolution."""
+    return {axis.tensor for group in graph.groups for axis in group.axes if axis.slabs > 1}
+
+
+def sync_sizes(
+    model: nn.Module,
+    group: ChannelGroup,
+    edit: Edit,
+    names: Sequence[str],
+    grouped: Collection[str],
+    changes: list[Change],
+) -> None:
     """Set the attributes of every module that owns an edited tensor, and those in the group's own plan.
 
     Args:
+        grouped: weights of grouped convolutions in the wider of both networks, from `grouped_tensors`.
         changes: takes up the values before, one by one, for undoing.
     """
     if not edit.resizes:
@@ -100,7 +137,8 @@ def sync_sizes(model: nn.Module, group: ChannelGroup, edit: Edit, names: Sequenc
         if id(owner) not in owners or name.endswith("weight"):
             owners[id(owner)] = (owner, name)
     for owner, name in owners.values():
-        sync_module(owner, group.kind == "blocks", rows.get(name), changes)
+        scales = _scales_groups(group, name, grouped)
+        sync_module(owner, group.kind == "blocks", rows.get(name), changes, scales)
     for path, name, factor in group.attributes:
         set_attribute(model.get_submodule(path), name, int(edit.n_after * factor), changes)
 

@@ -22,7 +22,7 @@ from weightfold.graph.apply import Companion, Undo, after, axes_of, changed_bias
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup
 from weightfold.graph.layout import from_front, gauge_factors, layout, scale_rows, to_front
-from weightfold.graph.sizes import sync_sizes
+from weightfold.graph.sizes import grouped_tensors, sync_sizes
 from weightfold.graph.trace import flush_caches
 
 
@@ -67,7 +67,8 @@ def unfold(
         put_tensor(tensor, value.to(tensor.device))
         for optimizer, state in states.get(name, []):
             optimizer.state[tensor] = state
-    sync_sizes(model, narrow, Edit(group.name, "unfold", edit.n_after, torch.arange(group.n_channels)), names, [])
+    back = Edit(group.name, "unfold", edit.n_after, torch.arange(group.n_channels))
+    sync_sizes(model, narrow, back, names, grouped_tensors(graph_before), [])
     optim.assert_live(model, optimizers, [find_tensor(model, name)[2] for name in graph_before.followers])
 
 
