@@ -34,6 +34,7 @@ from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.layout import from_front, to_front
 from weightfold.graph.trace import Example, arguments, quiet
+from weightfold.stats.running import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,18 +203,13 @@ def output_bound(first: nn.Module, second: nn.Module, example: Example, box: tup
 def _program(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """A network's operators, none of which writes into what another one reads."""
     args, kwargs = arguments(example)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with quiet():
+        with evaluating(model), quiet():
             program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
             return program.run_decompositions({}) if _writes(program) else program
     except Exception as error:
         text = str(error).strip().partition("\n")[0][:200]
         raise ConfigError(f"No bound: the network cannot be exported ({type(error).__name__}: {text}).") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _writes(program: torch.export.ExportedProgram) -> bool:
