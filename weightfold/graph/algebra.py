@@ -51,8 +51,26 @@ def _check_varying(
     """
     for item in value.fields:
         bad = frozenset(d for d in item.support if other.varies(d) and d not in covered)
-        if bad:
+        if bad and not _alike_for_all(item, other.copies):
             store.forbid(value, item, bad, FROZEN, FIXED, gauge=not bad & ends)
+
+
+def _alike_for_all(item: Field, copies: Tensor | None) -> bool:
+    """Whether every channel of a field meets the same numbers, in the same order (a mask that all heads share)."""
+    if copies is None or copies.ndim != item.labels.ndim:
+        return False
+    first = sorted(item.support)
+    order = [*first, *(d for d in range(copies.ndim) if d not in item.support)]
+    size = [item.labels.shape[d] if d in item.support else n for d, n in enumerate(copies.shape)]
+    met = copies.expand(size).permute(order).reshape(item.labels.numel(), -1)
+    labels = item.labels.permute(order).flatten()
+    if bool((labels <= 0).any()):
+        return False
+    counts = torch.unique(labels, return_counts=True)[1]
+    rows = met[torch.argsort(labels, stable=True)]
+    return bool((counts == counts[0]).all()) and bool(
+        (rows.reshape(len(counts), -1) == rows[: counts[0]].flatten()).all()
+    )
 
 
 def _check_codes(store: Store, value: Value, item: Field, mine: Tensor, theirs: Tensor) -> None:
@@ -137,6 +155,8 @@ def _alone(store: Store, item: Field, other: Value, how: str) -> Field:
         return item
     if item.level == 1:
         return replace(item, loud=True)
+    if item.level == 0:
+        store.flag(item.labels, OFFSET)
     store.kill(item)
     return replace(item.without_gauge(), loud=True, curved=True)
 
@@ -477,4 +497,5 @@ def permute(value: Value, order: Sequence[int]) -> Value:
         shape=tuple(value.shape[d] for d in order),
         fields=tuple(f.map(lambda array: array.permute(*order)) for f in value.fields),
         name=None,
+        copies=None,
     )

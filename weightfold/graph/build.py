@@ -47,6 +47,7 @@ class Builder:
     def __post_init__(self) -> None:
         self.roots = {kind: gauge_roots(self.facts.store, kind) for kind in ("positive", "sign")}
         self.names: set[str] = set()
+        self.stuck: list[tuple[Ints, Ints]] = []
 
     def channel_groups(self) -> list[ChannelGroup]:
         facts, base = self.facts, self.facts.base
@@ -195,8 +196,7 @@ class Builder:
             role = "both" if read and write else "read" if read else "write" if write else "pointwise"
             if paired and role != "both":
                 role = paired_role(role, exponent[base.atom[r]])
-            tap, partial = facts.store.taps.get((seed.tensor, seed.dim)), (seed.tensor, seed.dim) in facts.store.partial
-            axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, tap, partial))
+            axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, facts.store.tap(seed)))
         return tuple(axes)
 
     def _name(self, axes: Sequence[Axis], suffix: str = "") -> str:
@@ -262,6 +262,8 @@ class Builder:
         with np.errstate(over="ignore"):
             np.add.at(signature, channel, mix(base.touch[rows] + mix(base.seed[rows])))
         inside = int(np.bitwise_or.reduce(facts.atom_flags[base.atom[rows]]))
+        if (own | inside) & L.FROZEN:
+            self.stuck.append((np.unique(base.seed[rows]), roots if own & L.FROZEN else children))
         if problem or len(np.unique(signature)) > 1 or (own | inside) & L.FROZEN:
             return None
         pairs = np.unique(np.stack([channel, base.comp[rows]]), axis=1)
@@ -362,7 +364,17 @@ class Builder:
             if " kernel" in text or " slabs" in text:
                 continue
             out.append(Frozen(seed.tensor, seed.dim, int(lost.sum()), text))
-        return out
+        return [*out, *self._stuck_blocks({(f.tensor, f.dim) for f in out})]
+
+    def _stuck_blocks(self, told: set[tuple[str, int]]) -> list[Frozen]:
+        """Dimensions whose blocks (heads) cannot be edited as wholes, though the channels inside may be."""
+        out = {}
+        for seeds, comps in self.stuck:
+            text = f"its blocks cannot be edited: it {reason_of(self.facts, comps, L.FROZEN, self.where)}"
+            for seed in (self.facts.store.seeds[i] for i in seeds.tolist()):
+                if seed.slabs == 1 and (seed.tensor, seed.dim) not in told:
+                    out[seed.tensor, seed.dim] = Frozen(seed.tensor, seed.dim, seed.n, text)
+        return list(out.values())
 
 
 def _counted(*columns: Ints) -> tuple[Ints, Ints]:

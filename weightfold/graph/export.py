@@ -22,6 +22,7 @@ from weightfold.graph.copies import Copier, cloned, structural_copy
 from weightfold.graph.dead_ends import without_dead_ends
 from weightfold.graph.failures import explain, failing_hook, is_branch
 from weightfold.graph.hooks import Hook, changes_nothing, numbers_of, take_off, undisturbed
+from weightfold.graph.standins import traceable
 
 PARTIAL_WRITES = frozenset({"copy", "add", "sub", "mul", "div", "addcmul", "lerp", "masked_fill", "where"})
 """Operators whose in-place form, on a view, changes a part of a tensor by what another tensor holds."""
@@ -76,7 +77,9 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
         while True:
             twin = _twin(model, left_out)
             try:
-                return without_dead_ends(_exported(twin, *given))
+                with traceable():
+                    program = _exported(twin, *given)
+                return without_dead_ends(program)
             except Exception as error:
                 hook = failing_hook(twin, error)
                 if hook is None or not changes_nothing(model, given, hook, left_out):

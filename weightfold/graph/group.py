@@ -29,8 +29,8 @@ class Axis:
         slabs: number of equal slabs of dimension 0 in which positions have their own meaning (grouped convolution);
             then positions count through (slab, position).
         size: length of the dimension (times slabs).
-        tap: (module path, dimension of its first input) where the channels can be observed as this axis reads them.
-        partial: whether the tensor is read at other places as well, which the tap does not see.
+        tap: (module path, dimension of its first input) where all that this axis reads can be observed; None where it
+            reads anything else as well.
     """
 
     tensor: str
@@ -40,7 +40,6 @@ class Axis:
     size: int
     slabs: int = 1
     tap: tuple[str, int] | None = None
-    partial: bool = False
 
     @property
     def key(self) -> tuple[str, int]:

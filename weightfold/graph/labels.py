@@ -16,6 +16,7 @@ dimensions (keys that all heads share).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,7 +94,9 @@ class Value:
 
     ``state`` means: a function of parameters alone. ``uniform``: the same number everywhere; ``zero``: it is 0;
     ``name``: the parameter that this value is, untouched; ``computed``: the result of arithmetic on parameters;
-    ``known``: the numbers themselves, where the forward makes them from nothing but written-down ones.
+    ``known``: the numbers themselves, where the forward makes them from nothing but written-down ones;
+    ``copies``, of data: where its numbers are copies of each other by construction (a mask repeated for every head):
+    equal integers, equal numbers; broadcastable to the shape.
     """
 
     shape: tuple[int, ...]
@@ -104,6 +107,7 @@ class Value:
     name: str | None = None
     computed: bool = False
     known: Tensor | None = None
+    copies: Tensor | None = None
 
     @property
     def raw(self) -> bool:
@@ -111,7 +115,7 @@ class Value:
         return self.state and not self.computed
 
     def without_repeats(self) -> Value:
-        return replace(self, fields=tuple(f for f in self.fields if f.level != REPEAT))
+        return replace(self, fields=tuple(f for f in self.fields if f.level != REPEAT), copies=None)
 
     def blocks(self) -> tuple[Field, ...]:
         return tuple(f for f in self.fields if f.level == 1)
@@ -123,7 +127,9 @@ class Value:
         extra = ndim - len(self.shape)
         if extra <= 0:
             return self
-        return replace(self, shape=(1,) * extra + self.shape, fields=tuple(f.lifted(ndim) for f in self.fields))
+        copies = None if self.copies is None else self.copies[(None,) * extra]
+        fields = tuple(f.lifted(ndim) for f in self.fields)
+        return replace(self, shape=(1,) * extra + self.shape, fields=fields, copies=copies)
 
 
 def compress(item: Field) -> Field | None:
@@ -182,10 +188,10 @@ class Store:
     block_runs: list[Tensor] = field(default_factory=list)
     touches: list[tuple[int, Tensor]] = field(default_factory=list)
     written: list[tuple[int, Tensor]] = field(default_factory=list)
-    taps: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
-    partial: set[tuple[str, int]] = field(default_factory=set)
+    taps: dict[tuple[str, int], set[tuple[str, int] | None]] = field(default_factory=dict)
     node: int = 0
     _slabs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    _entering: dict[int, dict[str, set[torch.fx.Node]]] = field(default_factory=dict)
 
     # atoms ----------------------------------------------------------------------------------------------------------
 
@@ -220,6 +226,26 @@ class Store:
             self.seeds.append(Seed(tensor, dim, int(atoms[0]), slabs * n, slabs))
             self._slabs[key] = atoms.reshape(slabs, n)
         return self._slabs[key]
+
+    def entering(self, graph: torch.fx.Graph) -> dict[str, set[torch.fx.Node]]:
+        """What enters each call of a module from outside, but for parameters, buffers and constants."""
+        if id(graph) not in self._entering:
+            found = self._entering[id(graph)] = defaultdict(set)
+            for node in graph.nodes:
+                for call in node.meta.get("nn_module_stack") or ():
+                    for source in node.all_input_nodes:
+                        inside = call in (source.meta.get("nn_module_stack") or ())
+                        stored = source.op == "get_attr" or (
+                            source.op == "placeholder" and source.name.startswith(("p_", "b_", "c_"))
+                        )
+                        if not inside and not stored:
+                            found[call].add(source)
+        return self._entering[id(graph)]
+
+    def tap(self, seed: Seed) -> tuple[str, int] | None:
+        """Where all that a weight reads along a dimension can be observed; None where there is no such place."""
+        places = self.taps.get((seed.tensor, seed.dim), set())
+        return next(iter(places)) if len(places) == 1 else None
 
     # statements -----------------------------------------------------------------------------------------------------
 

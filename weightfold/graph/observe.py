@@ -7,6 +7,7 @@ say of a channel is one row of numbers per axis.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Collection, Mapping
@@ -233,6 +234,19 @@ def rows_of(x: Tensor, dim: int, index_CM: Tensor, limit: int | None = None) -> 
     return taken.reshape(-1, n_channels)
 
 
+def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a module is called with first, by position or by name; of a packed or nested sequence, all its steps.
+
+    None where that is no tensor.
+    """
+    x = args[0] if args else kwargs.get(next(iter(inspect.signature(module.forward).parameters), ""))
+    if isinstance(x, nn.utils.rnn.PackedSequence):
+        return x.data
+    if isinstance(x, Tensor) and x.is_nested:
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+    return x if isinstance(x, Tensor) else None
+
+
 def _strided(x: Tensor, limit: int | None) -> Tensor:
     """At most about ``limit`` rows of x (..., F), a fixed step apart that shares no factor with their number."""
     n = math.prod(x.shape[:-1])
@@ -348,10 +362,10 @@ class Observer:
             self._sums[tensor, int(dim)] = _Sum.from_state(value)
 
     def _hook(self, tap: _Tap) -> Any:
-        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():
                 return
-            x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            x = first_input(module, args, kwargs)
             if self.enabled and x is not None and x.numel():
                 self._add(tap, x.detach())
 

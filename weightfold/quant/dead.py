@@ -110,7 +110,7 @@ def dead_channels(
 def _constants(axis: Axis, spans: Mapping[Key, Span]) -> tuple[Tensor, Tensor]:
     """The value of each channel at a reader, and whether it is the same everywhere and small ones count as zero."""
     span = spans.get(axis.key)
-    if span is None or axis.slabs != 1 or axis.partial:
+    if span is None or axis.slabs != 1 or axis.tap is None:
         return torch.zeros(axis.index.shape[0]), torch.zeros(axis.index.shape[0], dtype=torch.bool)
     low_N, high_N = (part.cpu() for part in span)
     largest = float(torch.maximum(low_N.abs(), high_N.abs()).max())

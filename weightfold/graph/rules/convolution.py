@@ -135,12 +135,12 @@ def _convolve(
         x = replace(x, shape=(1, *x.shape), fields=tuple(f.map(lambda a: a.unsqueeze(0)) for f in x.fields))
     flat, kernel = _flat_input(store, x), _flat_kernel(store, weight)
     if groups == 1:
-        tap(store, node, weight, 0 if transposed else 1, 1)
+        tap(store, node, weight, 0 if transposed else 1, 1 - unbatched)
         out = _plain(store, flat, algebra.permute(kernel, (1, 0)) if transposed else kernel)
     elif kernel.shape[1] == 1 and (not transposed or kernel.shape[0] == groups):
         out = _depthwise(store, flat, kernel, groups)
     elif not transposed:
-        tap(store, node, weight, 1, 1)
+        tap(store, node, weight, 1, 1 - unbatched)
         out = _grouped(store, flat, kernel, weight.name, groups)
     else:
         return unknown(store, node, x, weight, bias)

@@ -75,6 +75,7 @@ def squeeze(value: Value, dim: int) -> Value:
         value,
         shape=value.shape[:dim] + value.shape[dim + 1 :],
         fields=tuple(f.map(lambda a: a.squeeze(dim)) for f in value.fields),
+        copies=None,
     )
 
 
@@ -83,6 +84,7 @@ def unsqueeze(value: Value, dim: int) -> Value:
         value,
         shape=(*value.shape[:dim], 1, *value.shape[dim:]),
         fields=tuple(f.map(lambda a: a.unsqueeze(dim)) for f in value.fields),
+        copies=None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,8 @@ UNTAGGED = frozenset({
 """Pointwise operators that PyTorch does not tag as such."""
 
 
-KEEPING = frozenset({"slice", "narrow", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout"})
+KEEPING = frozenset({"slice", "narrow", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "float",
+                     "double", "half", "type_as", "lift_fresh_copy", "requires_grad", "positive"})  # fmt: skip
 """Movements that leave every dimension in its place."""
 
 JOINS = frozenset({"cat", "concat", "concatenate", "stack", "select_scatter", "slice_scatter", "index_copy"})
@@ -42,11 +44,16 @@ PADS = frozenset({"pad", "constant_pad_nd"})
 """Movements whose result need not be the same all over where their operands are."""
 
 MINDING_REPEATS = KEEPING - {"slice", "narrow"} | {
-    "add", "addmm", "baddbmm", "bmm", "broadcast_to", "div", "einsum", "expand", "expand_as", "matmul", "mul",
-    "permute", "repeat", "reshape", "scaled_dot_product_attention", "softmax", "squeeze", "sub",
-    "transpose", "unsqueeze", "view",
+    "add", "addmm", "baddbmm", "bmm", "broadcast_to", "div", "einsum", "expand", "expand_as", "masked_fill",
+    "matmul", "mul", "permute", "repeat", "reshape", "scaled_dot_product_attention", "softmax", "squeeze", "sub",
+    "transpose", "unsqueeze", "view", "where",
 }  # fmt: skip
 """Operators whose rules follow what is the same all along a dimension; the others are not told of it."""
+
+REPEATING = frozenset({"repeat", "repeat_interleave", "tile"})
+RANDOM = frozenset({"dropout", "feature_dropout", "alpha_dropout", "native_dropout", "bernoulli"})
+KNOWN_COPIES = 1 << 22
+"""Data of up to this many numbers are followed where they are copies of each other."""
 
 KNOWN_NUMBERS = 1 << 18
 """Numbers that the forward makes from nothing but written-down ones are followed up to this many."""
@@ -122,6 +129,35 @@ def _known(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         return None
 
 
+def _copies(node: torch.fx.Node, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Which numbers of data are copies of each other, once a repeated dimension was joined with another."""
+    values = values_in([*args, *kwargs.values()])
+    if node.meta["val"].numel() > KNOWN_COPIES or name in RANDOM | JOINS | PADS:
+        return None
+    if name not in MOVES:
+        followed = any(v.copies is not None for v in values)
+        return _together([_numbered(v) for v in values if not v.uniform]) if followed else None
+    if len(values) != 1 or args[0] is not values[0] or name in KEEPING - {"slice", "narrow"}:
+        return values[0].copies if args[0] is values[0] else None
+    full = tuple(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    if values[0].copies is None and values[0].shape == full and name not in REPEATING:
+        return None
+    return call(node, _numbered(values[0]).expand(full), *args[1:], **kwargs)
+
+
+def _numbered(value: Value) -> torch.Tensor:
+    """A number for each of a value's numbers, the same for those that are known to be copies."""
+    return torch.arange(math.prod(value.shape)).reshape(value.shape) if value.copies is None else value.copies
+
+
+def _together(numbers: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Of data that met element by element: copies are those that are copies in every operand."""
+    out = None
+    for other in numbers:
+        out = other if out is None else torch.unique(out * (1 + other.max()) + other, return_inverse=True)[1]
+    return out
+
+
 def _unlabelled(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any], pointwise_op: bool) -> Any:
     """No channel is met: only remember whether the result is a constant.
 
@@ -136,6 +172,7 @@ def _unlabelled(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]
         result = [replace(v, known=n) for v, n in zip(result, numbers, strict=True)]
     if not isinstance(result, Value) or not values or not (name in MOVES or pointwise_op):
         return result
+    result = replace(result, copies=_copies(node, name, args, kwargs))
     zero = name in MOVES and name not in PADS and all(v.zero for v in values)
     uniform = zero if name in JOINS | PADS else all(v.uniform or v.shape == () for v in values)
     result = replace(result, uniform=uniform, zero=zero, state=all(v.state for v in values))

@@ -294,6 +294,30 @@ def stack(store: Store, node: torch.fx.Node, parts: Sequence[Value], dim: int = 
     return replace(rest, fields=rest.fields + ((item,) if item is not None else ()), state=all(p.state for p in parts))
 
 
+@rule("pad_sequence", move=True)
+def pad_sequence(
+    store: Store,
+    node: torch.fx.Node,
+    parts: Sequence[Value],
+    batch_first: bool = False,
+    padding: float = 0.0,
+    *_: Any,
+    **__: Any,
+) -> Value:
+    """Sequences (T, ...) of many lengths side by side: each step is a sample."""
+    rest: Value | None = None
+    for part in parts:
+        steps = Value((1, *part.shape[1:]), tuple(f for f in part.fields if 0 not in f.support), part.state)
+        store.freeze(replace(part, fields=tuple(f for f in part.fields if 0 in f.support)), "is padded")
+        rest = steps if rest is None else algebra.meet(store, rest, steps, "add")
+    assert rest is not None
+    if padding:
+        ended = Value((1,) * len(rest.shape), uniform=True)
+        rest = algebra.meet(store, rest, ended, "none")
+    fields = tuple(f.map(lambda a: a.unsqueeze(0)) for f in rest.fields)
+    return Value(out_shape(node), fields)
+
+
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
       "replication_pad2d", "replication_pad3d", move=True)  # fmt: skip
 def pad(store: Store, node: torch.fx.Node, x: Value, pads: Sequence[int], *rest: Any, **kwargs: Any) -> Value:

@@ -10,19 +10,75 @@ import torch
 
 from weightfold.graph import algebra
 from weightfold.graph.labels import FROZEN, NO_MERGE, NO_REMOVE, WRITE, Store, Value
-from weightfold.graph.rules.core import module_path, rule, squeeze, unknown, unsqueeze, without_gauge
+from weightfold.graph.rules.core import (
+    call,
+    module_path,
+    node_name,
+    rule,
+    squeeze,
+    unknown,
+    unsqueeze,
+    without_gauge,
+)
 
 
-def tap(store: Store, node: torch.fx.Node, weight: Value, dim: int, x_dim: int) -> None:
-    """Note where the channels that a weight reads can be observed: the input of the module that owns the weight."""
+def tap(store: Store, node: torch.fx.Node, weight: Value, dim: int, x_dim: int, x_at: int = 0) -> None:
+    """Note where the channels that a weight reads can be observed: the first input of the module that owns the weight.
+
+    Args:
+        x_at: position of what is read among the operator's arguments; the weight follows it.
+    """
     if weight.name is None:
         return
-    path, key = module_path(node), (weight.name, dim)
-    if path is not None and weight.name.rpartition(".")[0] == path:
-        store.taps[key] = (path, x_dim)
-    users = getattr(node.args[1], "users", ())
+    path, places = module_path(node), store.taps.setdefault((weight.name, dim), set())
+    seen = weight.name.rpartition(".")[0] == path and is_first_input(store, node, weight, x_at, x_dim)
+    places.add((path or "", x_dim) if seen else None)
+    users = getattr(node.args[x_at + 1], "users", ())
     if any(user.target is not node.target or module_path(user) != path for user in users):
-        store.partial.add(key)
+        places.add(None)
+
+
+STILL = frozenset({"clone", "contiguous", "alias", "detach", "to", "_to_copy", "float", "double", "half"})
+"""Movements that leave all dimensions as they are."""
+REGROUPING = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unsqueeze"})
+"""Movements that leave the last dimension as it is, if it keeps its length."""
+PADDING = ("pad", "constant_pad", "reflection_pad", "replication_pad")
+"""Movements after which a convolution reads nothing new of a channel, but at the border."""
+
+
+def is_first_input(store: Store, node: torch.fx.Node, weight: Value, x_at: int, x_dim: int) -> bool:
+    """Whether an operator reads what its module was called with, not something that the module made of it.
+
+    The program does not say which argument came first; so the module has one input alone, or is an attention layer of
+    torch, whose first is the query.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    own = next(reversed(stack), None)
+    x: Any = node.args[x_at]
+    if own is None or not isinstance(x, torch.fx.Node):
+        return False
+    while own in (x.meta.get("nn_module_stack") or {}):
+        before = x.args[0] if x.args else None
+        if not isinstance(before, torch.fx.Node) or not _keeps(x, before, x_dim):
+            return False
+        x = before
+    leaf = str(weight.name).rpartition(".")[2]
+    if leaf in ("in_proj_weight", "q_proj_weight") and str(stack[own][1]).startswith("torch.nn.modules."):
+        return True
+    return store.entering(node.graph)[own] <= {x}
+
+
+def _keeps(node: torch.fx.Node, before: torch.fx.Node, x_dim: int) -> bool:
+    """Whether an operator leaves the channels where they are, and every number with its channel."""
+    name, shape, after = node_name(node), before.meta["val"].shape, node.meta["val"].shape
+    if name in STILL:
+        return True
+    if x_dim != -1:
+        return name.startswith(PADDING) and len(shape) == len(after) and shape[: x_dim + 1] == after[: x_dim + 1]
+    if name in ("transpose", "permute"):
+        order = torch.empty([1] * (len(shape) - 1) + [2], device="meta")
+        return call(node, order, *node.args[1:], **node.kwargs).shape[-1] == 2
+    return name in REGROUPING and shape[-1:] == after[-1:]
 
 
 def product(store: Store, left: Value, right: Value) -> Value:
@@ -36,10 +92,14 @@ def product(store: Store, left: Value, right: Value) -> Value:
 
 @rule("linear")
 def linear(store: Store, node: torch.fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    nd = len(x.shape)
-    out = algebra.contract(store, unsqueeze(x, nd - 1), weight, frozenset({nd}))
     tap(store, node, weight, 1, -1)
-    return plus_bias(store, squeeze(out, nd), bias)
+    return plus_bias(store, read(store, x, weight), bias)
+
+
+def read(store: Store, x: Value, weight: Value) -> Value:
+    """x (..., I) @ weight (O, I) transposed."""
+    nd = len(x.shape)
+    return squeeze(algebra.contract(store, unsqueeze(x, nd - 1), weight, frozenset({nd})), nd)
 
 
 def plus_bias(store: Store, out: Value, bias: Value | None) -> Value:
@@ -54,7 +114,7 @@ def plus_bias(store: Store, out: Value, bias: Value | None) -> Value:
 def matmul(store: Store, node: torch.fx.Node, a: Value, b: Value) -> Value:
     left = unsqueeze(a, 0) if len(a.shape) == 1 else a
     right = unsqueeze(b, 1) if len(b.shape) == 1 else b
-    tap(store, node, right, 0, -1)
+    tap(store, node, right, 0, -1, 1 if node_name(node).startswith("add") or node_name(node) == "baddbmm" else 0)
     out = product(store, left, right)
     if len(b.shape) == 1:
         out = squeeze(out, len(out.shape) - 1)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from weightfold.graph import algebra
 from weightfold.graph.labels import FROZEN, READ, WRITE, Field, Store, Value
-from weightfold.graph.rules.core import rule, shapes_of
-from weightfold.graph.rules.products import linear
+from weightfold.graph.rules.core import module_path, rule, shapes_of
+from weightfold.graph.rules.products import read
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+GIVEN = "starts from a state that is an input of the model; learn the state as a parameter instead, or start from zeros"
 
 
 @dataclass(frozen=True)
@@ -107,40 +110,74 @@ def _recurrent(kind: str) -> Any:
         batch_first: bool = False,
     ) -> Any:
         result = shapes_of(node)
-        states = hx if isinstance(hx, (list, tuple)) else [hx]
         directions = 2 if bidirectional else 1
         per_cell = len(params) // (num_layers * directions)
         cells = _cells(params, has_biases, per_cell == 3 + 2 * has_biases)
+        _taps(store, node, cells, directions)
         outs: list[Field] = []
         for layer in range(num_layers):
             heads = []
             for cell in cells[layer * directions : (layer + 1) * directions]:
-                linear(store, node, x, cell.w_ih)
+                read(store, x, cell.w_ih)
                 heads.append(_unit(store, kind, cell))
             outs += heads
             labels, pos, sgn = (torch.cat(arrays, 2) for arrays in zip(*(h.arrays() for h in heads), strict=True))
-            joined = Field(labels, pos, sgn)
-            x = _output(x, joined)
-        if any(s.fields or not s.uniform for s in states):
-            for out in outs:
-                store.flag(out.labels, FROZEN, "starts from a given hidden state")
-                store.kill(out)
-            for s in states:
-                store.freeze(s, "is a hidden state")
+            x = _output(x, Field(labels, pos, sgn))
         _rects(store, cells, outs)
-        stacked = torch.cat([o.labels for o in outs], 0).reshape(len(outs), 1, -1)
-        none = torch.zeros_like(stacked)
-        last = Value(result[1].shape, (Field(stacked, none, none),) if stacked.numel() > 1 else ())
-        for out in outs if node_uses(node, 1) else []:
-            store.kill(out)
+        hidden, memory = _stacked(outs), _memory(cells, kind)
+        for state, own in zip(hx if isinstance(hx, (list, tuple)) else [hx], (hidden, memory), strict=False):
+            _start(store, state, own)
         output = Value(result[0].shape, _fit(x.fields, len(result[0].shape)))
-        rest = [last, *(Value(r.shape, _states(cells, kind)) for r in result[2:])]
-        return [output, *rest]
+        rest = zip(result[1:], (hidden, memory), strict=False)
+        return [output, *(Value(r.shape, own) for r, own in rest)]
 
     return run
 
 
-def _states(cells: Sequence[Cell], kind: str) -> tuple[Field, ...]:
+def _start(store: Store, state: Value, own: tuple[Field, ...]) -> None:
+    """A state that is given is the unit's value before the first step: one of its channels, or data."""
+    last = len(state.shape) - 1
+    units = tuple(f for f in state.fields if last in f.support)
+    for item in state.fields:
+        if item not in units:
+            store.flag(item.labels, FROZEN, "numbers the layers or samples of a state")
+            store.kill(item)
+        elif state.state:
+            store.flag(item.labels, WRITE)
+    for item in own:
+        if not units and state.varies(last):
+            store.flag(item.labels, FROZEN, GIVEN)
+    for layer in range(state.shape[0] if last == 2 else 1):
+        mine, unit = (_of_layer(fields, layer) for fields in (units, own)) if last == 2 else (units, own)
+        shape = (1, *state.shape[1:]) if last == 2 else state.shape
+        algebra.meet(store, replace(state, shape=shape, fields=mine), Value(shape, unit), "add")
+
+
+def _of_layer(fields: Sequence[Field], layer: int) -> tuple[Field, ...]:
+    """What fields (L, B, H) say of one layer and direction."""
+    parts = (f.map(lambda a: a[layer : layer + 1] if a.shape[0] > 1 else a) for f in fields)
+    return tuple(part for part in parts if part.support)
+
+
+def _taps(store: Store, node: torch.fx.Node, cells: Sequence[Cell], directions: int) -> None:
+    """Only what the first layer reads is the module's input. What the others read never leaves the operator."""
+    path = module_path(node)
+    for number, cell in enumerate(cells):
+        for weight in (cell.w_ih, cell.w_hh, cell.project):
+            if weight is None or weight.name is None:
+                continue
+            seen = weight is cell.w_ih and number < directions and weight.name.rpartition(".")[0] == path
+            store.taps.setdefault((weight.name, 1), set()).add((path or "", -1) if seen else None)
+
+
+def _stacked(outs: Sequence[Field]) -> tuple[Field, ...]:
+    """Labels of the hidden states of all layers and directions, (L, 1, H)."""
+    labels, pos, sgn = (torch.cat(arrays, 0) for arrays in zip(*(o.arrays() for o in outs), strict=True))
+    item = Field(labels, pos, sgn)
+    return (item,) if item.labels.numel() > 1 else ()
+
+
+def _memory(cells: Sequence[Cell], kind: str) -> tuple[Field, ...]:
     """Labels of the cell states of all layers and directions, (L, 1, H)."""
     rows = [_labels(c.w_hh, 0).reshape(GATES[kind], -1)[0] for c in cells]
     labels = torch.stack(rows).unsqueeze(1)
@@ -167,11 +204,6 @@ def _rects(store: Store, cells: Sequence[Cell], outs: Sequence[Field]) -> None:
             store.rect(torch.stack([_labels(c.project, 1) for c in cells if c.project is not None]))
 
 
-def node_uses(node: torch.fx.Node, index: int) -> bool:
-    """Whether any user picks output ``index`` and does something with it."""
-    return any(len(user.args) > 1 and user.args[1] == index and user.users for user in node.users)
-
-
 for _kind in GATES:
     rule(_kind)(_recurrent(_kind))
 
@@ -180,19 +212,16 @@ def _cell(kind: str) -> Any:
     def run(
         store: Store, node: torch.fx.Node, x: Value, hx: Any, w_ih: Value, w_hh: Value, *biases: Value | None
     ) -> Any:
-        linear(store, node, x, w_ih)
-        hidden = hx[0] if isinstance(hx, (list, tuple)) else hx
-        if not hidden.uniform or hidden.fields:
-            linear(store, node, hidden, w_hh)
         cell = Cell(w_ih, w_hh, tuple(b for b in biases if b is not None))
-        unit = _unit(store, kind, cell)
-        store.kill(unit)
-        unit = unit.without_gauge()
-        fields = _fit((unit,), len(x.shape))
+        _taps(store, node, [cell], 1)
+        read(store, x, w_ih)
+        own = _fit((_unit(store, kind, cell),), len(x.shape))
+        for state in hx if isinstance(hx, (list, tuple)) else [hx]:
+            _start(store, state, own)
         val = node.meta["val"]
         if isinstance(val, (tuple, list)):
-            return [Value(tuple(v.shape), fields) for v in val]
-        return Value(tuple(val.shape), fields)
+            return [Value(tuple(v.shape), own) for v in val]
+        return Value(tuple(val.shape), own)
 
     return run
 
