@@ -244,6 +244,8 @@ def _get_columns(decoder: Decoder, n: int, shape: tuple[int, ...], n_living: int
     choice = replace(choice, signs=bool(decoder.raw(1)))
     if choice.masked:
         live = np.flatnonzero(_read_mask(decoder, n, grids[choice.grid]))
+        if not len(live):
+            raise corrupt("rows with codes and no column for them")
     return choice, Columns(n, live, grids[choice.grid])
 
 

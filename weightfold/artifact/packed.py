@@ -316,4 +316,7 @@ def _read_plain(data: bytes, at: int, entry: Entry) -> tuple[Array, int]:
     end = at + n * stored.itemsize
     if end > len(data):
         raise ArtifactError(f"'{entry.name}' is cut off.", remedy=_AGAIN)
-    return np.frombuffer(data[at:end], stored).astype(dtype).reshape(entry.shape), end
+    array = np.frombuffer(data[at:end], stored).astype(dtype).reshape(entry.shape)
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise ArtifactError(f"'{entry.name}' holds values that are not finite.", remedy=_AGAIN)
+    return array, end

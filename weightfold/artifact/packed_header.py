@@ -141,7 +141,7 @@ def _read(data: bytes, start: int) -> tuple[Structure, list[Entry], int]:
     content = parse_json(inflate(data[at : at + length]))
     at += length
     has_head, at = data[at], at + 1
-    names = _lengthen(content["n"])
+    names = _lengthen(content.get("n", []))
     entries: list[Entry] = []
     sizes: dict[str, Resized] = {}
     modules = _Modules()

@@ -6,13 +6,13 @@ Beside `small.onnx` stand `small.onnx.model_card.md` for people and `small.onnx.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightfold import __version__
 from weightfold.artifact import write_bytes, write_json
+from weightfold.artifact.plain import parse_json
 from weightfold.errors import ArtifactError
 from weightfold.export.check import Exported
 from weightfold.export.source import Source
@@ -35,7 +35,7 @@ def run_facts(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = parse_json(path.read_bytes())
         results = run.get("results")
         if results is None:
             return {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from weightfold.errors import ConfigError
+from weightfold.errors import ArtifactError, ConfigError
 
 
 def graph_module(program: Any) -> nn.Module:
@@ -15,7 +15,14 @@ def graph_module(program: Any) -> nn.Module:
 
     `eval` leaves it as it is; PyTorch's own module of a program refuses that.
     """
-    module: nn.Module = program.module()
+    try:
+        module: nn.Module = program.module()
+    except Exception as error:  # a graph that no forward can be written of fails in many ways
+        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise ArtifactError(
+            f"The graph of the file cannot be made a module: {reason.rstrip('.')}.",
+            remedy="Write the file again from its model.",
+        ) from error
     for part in module.modules():
         part.training = False
     vars(module).update(train=MethodType(_train, module), eval=MethodType(_eval, module))

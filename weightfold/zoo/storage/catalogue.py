@@ -17,7 +17,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from weightfold.errors import ArtifactError
+from weightfold.artifact.plain import parse_json
+from weightfold.errors import ArtifactError, ConfigError
 from weightfold.zoo.card import Card
 
 APPLICATION_ID = 0x57465A4F
@@ -236,11 +237,24 @@ class Catalogue:
         )]  # fmt: skip
 
     def _card(self, row: Row) -> Card:
-        return card_of(self._model(row[:_N_MODEL]), self._content(row[_N_MODEL:]))
+        model, content = self._model(row[:_N_MODEL]), self._content(row[_N_MODEL:])
+        try:
+            return card_of(model, content)
+        except (ConfigError, TypeError) as error:
+            raise self._damaged(model.name, str(error).partition("\n")[0].rstrip(".")) from None
 
     def _model(self, row: Row) -> Model:
         name, digest, semantic_hash, embedding, extras, symmetries, body = self._checked(row)
-        return Model(name, digest, semantic_hash, embedding, extras, symmetries, json.loads(body))
+        return Model(name, digest, semantic_hash, embedding, extras, symmetries, self._body(name, body))
+
+    def _body(self, name: str, text: str) -> dict[str, Any]:
+        try:
+            body = parse_json(text)
+        except (ValueError, TypeError) as error:
+            raise self._damaged(name, str(error)) from None
+        if not isinstance(body, dict):
+            raise self._damaged(name, "its facts are no table")
+        return body
 
     def _content(self, row: Row) -> Content:
         return Content(*self._checked(row))
@@ -252,11 +266,14 @@ class Catalogue:
             ArtifactError: it was changed behind our back.
         """
         if _summed(row[:-1]) != tuple(row):
-            raise ArtifactError(
-                f"The zoo's catalogue '{self.path}': the row of {row[0]!r} was changed or is damaged.",
-                remedy="Restore a copy of the zoo's folder, or add the models to a new one.",
-            )
+            raise self._damaged(row[0], "its checksum differs")
         return row[:-1]
+
+    def _damaged(self, name: Any, reason: str) -> ArtifactError:
+        return ArtifactError(
+            f"The zoo's catalogue '{self.path}': the row of {name!r} was changed or is damaged: {reason}.",
+            remedy="Restore a copy of the zoo's folder, or add the models to a new one.",
+        )
 
     def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
         with self._lock, self._door():

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from weightfold.artifact.header import DTYPES, parse_header
+from weightfold.artifact.plain import parse_json
 from weightfold.errors import ArtifactError
 from weightfold.fingerprint import digest as digest_of
 from weightfold.zoo.cache import Cache
@@ -85,7 +86,7 @@ def from_blob(data: bytes) -> dict[str, Tensor]:
     """
     try:
         state = load(data)
-        aliases = json.loads(parse_header(data, "a blob").metadata.get(ALIASES, "{}"))
+        aliases = parse_json(parse_header(data, "a blob").metadata.get(ALIASES, "{}"))
         return dict(sorted((state | {alias: state[name] for alias, name in aliases.items()}).items()))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"The bytes are no tensors: {error}.") from None

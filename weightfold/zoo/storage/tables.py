@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from weightfold.artifact.plain import parse_json
 from weightfold.errors import ArtifactError
 from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup, Frozen, Gauge
 from weightfold.weights.symmetry import Freedom, Gain, Members, Norm, Slot, Symmetries
@@ -26,7 +27,8 @@ _CLASSES = {
     made.__name__: made
     for made in (Axis, ChannelGraph, ChannelGroup, Freedom, Frozen, Gain, Gauge, Members, Norm, Slot, Symmetries)
 }
-_LARGEST = 1 << 30
+_LEAST, _MOST = 1 << 20, 256
+"""Bytes that may be unpacked, and for each that is packed."""
 
 
 def to_bytes(found: Symmetries) -> bytes:
@@ -56,14 +58,14 @@ def from_bytes(data: bytes) -> Symmetries:
     """
     try:
         unpacker = zlib.decompressobj()
-        whole = unpacker.decompress(data[8:], _LARGEST)
+        whole = unpacker.decompress(data[8:], _LEAST + _MOST * len(data))
         if not unpacker.eof:
             raise ValueError("they are cut off")
         n_text = int.from_bytes(data[:8], "little")
         tables = load(whole[n_text:])
-        found = _made(json.loads(whole[:n_text]), tables)
+        found = _made(parse_json(whole[:n_text]), tables)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, zlib.error,
-            SafetensorError) as error:  # fmt: skip
+            SafetensorError, RuntimeError) as error:  # fmt: skip
         raise ArtifactError(f"The stored symmetries are damaged: {error}.", remedy="Add the model again.") from None
     if not isinstance(found, Symmetries):
         raise ArtifactError("The stored symmetries are damaged: they are something else.")
