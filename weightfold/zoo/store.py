@@ -11,6 +11,7 @@ read is verified twice, the blob by its bytes and the tensors by their digest.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -45,6 +46,10 @@ Refused = Callable[[Source, WeightfoldError], None]
 Progress = Callable[[int, int, str], None]
 
 
+def _writable(folder: Path) -> bool:
+    return all(os.access(path, os.W_OK) for path in (folder, folder / CATALOGUE))
+
+
 class Zoo:
     """A folder of models; see `Zoo.open`. Any number of processes may read and write it at once.
 
@@ -65,12 +70,16 @@ class Zoo:
         self._written: dict[int, tuple[Symmetries, bytes]] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, *, create: bool = True, tracer: Tracer | None = None) -> Zoo:
+    def open(
+        cls, folder: str | Path, *, create: bool = True, readonly: bool | None = None, tracer: Tracer | None = None
+    ) -> Zoo:
         """Open the zoo in a folder; a context manager.
 
         Args:
             folder: of the zoo; made if it is missing.
             create: make a new zoo where there is none.
+            readonly: write nothing, so that it can be listed, read and verified where it cannot be written; None: where
+                its folder cannot be written.
             tracer: what was traced before, to share it with other zoos.
         Raises:
             ArtifactError: there is none, the folder holds something else, or its catalogue is damaged or gone.
@@ -88,8 +97,10 @@ class Zoo:
                 f"The folder '{folder}' is no zoo: it holds other files and no {CATALOGUE}.",
                 remedy="Name a zoo, or a folder that is new or empty.",
             )
-        if not there and not create:
+        if not there and (not create or readonly):
             raise ArtifactError(f"There is no zoo at '{folder}'.", remedy="Check the path; zoo add makes a new one.")
+        if there and (readonly or (readonly is None and not _writable(folder))):
+            return cls(folder, Catalogue(folder / CATALOGUE, readonly=True), Objects(folder, readonly=True), tracer)
         made = not folder.exists()
         make_folder(folder)
         if made:

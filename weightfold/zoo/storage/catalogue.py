@@ -100,18 +100,36 @@ class Model:
 
 
 class Catalogue:
-    """The open file; usable from several threads, not across a fork."""
+    """The open file; usable from several threads, not across a fork.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file, which is made if it is missing.
+        readonly: change nothing, not even a log beside it; the file must be there.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()
         with self._door():
-            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+            self._db = self._readable() if readonly else self._connected(str(path))
         try:
-            self._prepare()
+            if readonly:
+                self._check()
+            else:
+                self._prepare()
         except BaseException:
             self._db.close()
             raise
+
+    def _connected(self, name: str, *, uri: bool = False) -> sqlite3.Connection:
+        return sqlite3.connect(name, timeout=BUSY_S, isolation_level=None, check_same_thread=False, uri=uri)
+
+    def _readable(self) -> sqlite3.Connection:
+        """Open without writing: with the log beside it where there is one, which a reader need not be able to make."""
+        log = Path(f"{self.path}-wal")
+        place = self.path.absolute().as_uri()
+        unread = log.is_file() and log.stat().st_size > 0
+        return self._connected(f"{place}?mode=ro" if unread else f"{place}?immutable=1", uri=True)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -282,6 +300,13 @@ class Catalogue:
     def _all(self, sql: str, *values: Any) -> Sequence[tuple[Any, ...]]:
         with self._lock, self._door():
             return self._db.execute(sql, values).fetchall()
+
+    def _check(self) -> None:
+        with self._door():
+            self._db.execute("PRAGMA trusted_schema = OFF")
+            self._identify()
+            if not self._version():
+                raise ArtifactError(f"'{self.path}' is no zoo: it is empty.", remedy="Check the path.")
 
     def _prepare(self) -> None:
         with self._door():

@@ -62,8 +62,8 @@ class Objects:
         (b'whole', 1)
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, readonly: bool = False) -> None:
+        self.folder, self.readonly = folder, readonly
         self._blobs = folder / "blobs"
         self._lock = folder / "lock"
 
@@ -87,6 +87,9 @@ class Objects:
     @contextmanager
     def lease(self) -> Iterator[None]:
         """Keep the sweep away while blobs are written and not yet named, or named and being read."""
+        if self.readonly and not self._lock.is_file():  # nobody can sweep what nobody can write
+            yield
+            return
         with _locked(self._lock, alone=False):
             yield
 
@@ -108,6 +111,7 @@ class Objects:
         Raises:
             ArtifactError: the disk is full, or the folder cannot be written; drafts are gone then.
         """
+        self._check_writable()
         digests = [hashlib.sha256(data).hexdigest() for data in blobs]
         wanted = dict(zip(digests, blobs, strict=True))
         missing = {d: data for d, data in wanted.items() if not self._holds(d, data)}
@@ -154,8 +158,16 @@ class Objects:
         Returns:
             swept: what was deleted; None where somebody was at work all the time.
         """
+        self._check_writable()
         with _locked(self._lock, alone=True, wait_s=wait_s) as held:
             return self._delete(self.unnamed(named())) if held else None
+
+    def _check_writable(self) -> None:
+        if self.readonly:
+            raise ArtifactError(
+                f"The zoo '{self.folder}' was opened for reading only.",
+                remedy="Copy it to a folder that can be written, and change the copy.",
+            )
 
     def _delete(self, files: Sequence[Path]) -> Swept:
         n_files = n_bytes = 0

@@ -104,5 +104,7 @@ def _made(value: Any, tables: Mapping[str, Tensor]) -> Any:
     if "m" in value:
         return {_made(k, tables): _made(v, tables) for k, v in value["m"]}
     if "s" in value:
+        if not all(isinstance(item, str) for item in value["s"]):
+            raise TypeError("a set holds more than names")
         return frozenset(value["s"])
     return tuple(_made(item, tables) for item in value["l"])
