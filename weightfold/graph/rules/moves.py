@@ -258,6 +258,11 @@ def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field |
     """The field of a concatenation along ``d``: every part's labels, constants where a part has none."""
     found = [[f for f in part.fields if f.level == level and d in f.support] for part in parts]
     if not any(found) or (level == 1 and not all(found)):
+        for part, fs in zip(parts, found, strict=True):
+            told = any(f.level == 0 and d in f.support for f in part.fields)
+            for lost in () if told else fs:
+                store.flag(lost.labels, FROZEN, "is concatenated with what is not laid out in such blocks")
+                store.kill(lost)
         return None
     for extra in (f for fs in found for f in fs[1:]):
         store.flag(extra.labels, FROZEN, "is concatenated in more than one way")
