@@ -114,6 +114,7 @@ class Subject:
                 self.net.train(mode == "train")
                 out.append([leaf.clone() for leaf in leaves(self.net(*self.args, **self.kwargs))])
                 self.put(buffers)
+        self.net.eval()
         return out
 
 
