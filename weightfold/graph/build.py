@@ -221,6 +221,7 @@ class Builder:
         labels, blocks = stacked(facts.store.members)
         keep = (labels > 0) & (blocks > 0)
         used = np.unique(facts.comp[torch.cat([u.flatten() for u in facts.store.used]).numpy()])
+        used = used[facts.is_block[used]]
         family = block_families(facts.store, facts.comp)
         root_of_label, root_of_block = facts.plain[labels[keep]], facts.comp[blocks[keep]]
         groups = []
