@@ -103,9 +103,9 @@ class Interpreter:
         result = self._apply(node, args, kwargs)
         self.constants += rules.numbers_of(node, [*args, *kwargs.values()], result)
         if rules.in_place(node) and node.args:
-            self._written(node.args[0], node, env, args, result)
+            self._written(node.args[0], env, args, result)
         if "out" in node.kwargs:
-            self._written(node.kwargs["out"], node, env, args, result)
+            self._written(node.kwargs["out"], env, args, result)
         return result
 
     def _apply(self, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -131,9 +131,7 @@ class Interpreter:
             return rules.shapes_of(node)
         return rules.unknown(self.store, node, *args, **kwargs)
 
-    def _written(
-        self, target: Any, node: torch.fx.Node, env: dict[torch.fx.Node, Any], args: list[Any], result: Any
-    ) -> None:
+    def _written(self, target: Any, env: dict[torch.fx.Node, Any], args: list[Any], result: Any) -> None:
         """An in-place operator changes what later users of its target see.
 
         A buffer keeps what is written into it for the next forward: its channels are those of the new values.

@@ -38,7 +38,8 @@ def same(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Any
     return [x, Value(x.shape)] if isinstance(node.meta.get("val"), (tuple, list)) else x
 
 
-@rule("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT", "moveaxis", "adjoint", move=True)
+@rule("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT", "mH", "matrix_H",
+      "moveaxis", "adjoint", move=True)  # fmt: skip
 def reorder(store: Store, node: torch.fx.Node, x: Value, *args: Any, **_: Any) -> Value:
     probe = [1] * len(x.shape)
     order: list[int] = []
