@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +18,15 @@ from weightfold.errors import ArtifactError
 _REMEDY = "Free space, check the permissions, or choose another folder; nothing half-written was left behind."
 
 
+_DRAFT = re.compile(r"\.(?P<stem>.+)\.(?P<pid>\d+)-(?P<host>[0-9a-f]{4})[0-9a-f]{4}(?P<suffix>(\.[\w-]*)?)")
+
+
 @contextmanager
 def drafting(path: Path) -> Iterator[Path]:
     """Give a path beside the wanted one to write to; on success the draft takes the wanted name at one stroke.
 
-    The draft keeps the ending of the wanted name: some writers choose the format by it.
+    The draft keeps the ending of the wanted name: some writers choose the format by it. What a process that was killed
+    has left of the same file goes.
 
     Raises:
         ArtifactError: the folder cannot be written, or the disk is full. The draft is gone then.
@@ -31,8 +38,11 @@ def drafting(path: Path) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['a.txt']
     """
-    draft = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    draft = path.with_name(f".{path.stem}.{os.getpid()}-{_host()}{secrets.token_hex(2)}{path.suffix}")
     try:
+        for old in drafts_in(path.parent):
+            if drafted(old.name) == path.name and _is_dead(old.name):
+                _discard(old)
         yield draft
         sync(draft)
         draft.replace(path)
@@ -42,6 +52,47 @@ def drafting(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     finally:
         _discard(draft)
+
+
+def drafts_in(folder: Path) -> list[Path]:
+    """The drafts in a folder, of whatever file and process."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(folder) if drafted(entry.name)]
+    except OSError:
+        return []
+
+
+def drafted(name: str) -> str:
+    """The name that a draft is to take; empty for any other file.
+
+    Example:
+        >>> drafted(".model.4711-ab12cd34.safetensors"), drafted(".ledger.db.4711-ab12cd34.tmp-wal"), drafted(".bashrc")
+        ('model.safetensors', 'ledger.db', '')
+    """
+    found = _DRAFT.fullmatch(name)
+    if found is None:
+        return ""
+    whole = found["stem"] + ("" if found["suffix"].startswith(".tmp") else found["suffix"])
+    return drafted(whole) or whole
+
+
+def _is_dead(name: str) -> bool:
+    """Whether the process of a draft was one of this machine and is gone."""
+    found = _DRAFT.fullmatch(name)
+    if found is None or found["host"] != _host() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(found["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _host() -> str:
+    """Four digits of the machine: processes of others cannot be seen from here."""
+    return f"{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

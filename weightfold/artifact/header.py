@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -100,6 +101,23 @@ def _header(stream: BinaryIO, size: int, path: Path) -> Header:
     tensors = {name: _stored(name, value, start, path) for name, value in content.items()}
     _check_layout(tensors, start, size, path)
     return Header(tensors, metadata, size)
+
+
+def settled(data: bytes) -> bytes:
+    """The bytes of a safetensors file with its metadata in the order of their keys: the writer draws another each time.
+
+    Example:
+        >>> text = b'{"__metadata__":{"b":"1","a":"2"}}'
+        >>> settled(struct.pack("<Q", len(text)) + text)[8:]
+        b'{"__metadata__":{"a":"2","b":"1"}}      '
+    """
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__", {})
+    whole = ({"__metadata__": dict(sorted(metadata.items()))} if metadata else {}) | header
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def fingerprint(path: Path, header: Header | None = None, aliases: Mapping[str, str] | None = None) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightfold.artifact import Header, Structure, fingerprint, read_structure
+from weightfold.artifact import Header, Structure, fingerprint, read_structure, write_bytes
 from weightfold.artifact.header import parse_header
 from weightfold.artifact.packed import fingerprint_of, read_packed
 from weightfold.audit.history import ledger_file
@@ -22,6 +22,12 @@ from weightfold.errors import ArtifactError, LedgerError
 from weightfold.ledger import Entry, Ledger
 from weightfold.ledger.entry import RESTORE
 
+LOCK = "run.lock"
+"""Held by the process that works in a folder; where it was killed, the file stays."""
+CHECKPOINT = "checkpoint.safetensors"
+"""What an interrupted training goes on from."""
+OF_A_RUN = {"config", "versions", "initial_weights"}
+"""What entry 0 of a run of weightfold holds, whose folder then holds `run.json`."""
 MODELS = {"model.safetensors": ("folded", "dense"), "dense.safetensors": ("dense",)}
 AGAIN = "Copy the file again, or do the run again: the same settings, machine and threads give the same file."
 PACKED = "model.wfp"
@@ -33,7 +39,7 @@ def verify_ledger(source: Path) -> dict[str, Any]:
     """Check a ledger, and that the blobs its entries name are there and hold tensors.
 
     Returns:
-        facts: head, counts of entries, blobs and metrics; model None, files and unchecked empty.
+        facts: head, counts of entries, blobs and metrics; model None, files and unchecked empty, unfinished False.
     Raises:
         LedgerError: the first thing that is wrong; names the entry, blob or metric.
     """
@@ -42,7 +48,7 @@ def verify_ledger(source: Path) -> dict[str, Any]:
         for entry in ledger.entries():
             _check_blobs(ledger, entry)
         counts = {"entries": len(ledger), "blobs": ledger.n_blobs, "metrics": ledger.n_metrics}
-        return {"head": ledger.head, **counts, "model": None, "files": [], "unchecked": []}
+        return {"head": ledger.head, **counts, "model": None, "files": [], "unchecked": [], "unfinished": False}
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
@@ -70,7 +76,9 @@ def verify_folder(folder: Path) -> dict[str, Any]:
         covered -= {"run.json", "structure.json"}
     facts["model"] = "model.safetensors" if "model.safetensors" in covered else None
     facts["files"] = sorted(covered - {"model.safetensors"})
-    facts["unchecked"] = [n for n in found if n not in covered and not n.startswith("ledger.db")]
+    beside = {LOCK, CHECKPOINT} if run is None else {LOCK}
+    facts["unchecked"] = [n for n in found if n not in covered | beside and not n.startswith("ledger.db")]
+    facts["unfinished"] = run is None and entries[0].body.keys() >= OF_A_RUN
     return facts
 
 
@@ -148,15 +156,26 @@ def _tensor_digests(file: str, entries: list[Entry]) -> Mapping[str, str]:
 
 
 def _check_run(folder: Path, entries: list[Entry]) -> dict[str, Any] | None:
-    """Check `run.json` and the files whose hashes it names; None if there is none, or one of a run that goes on."""
+    """Check `run.json` and the files that it names; None if there is none, or one of a run that goes on.
+
+    A ledger of a run has a `run.json` beside it as soon as nobody works there, and one with a result is that of a
+    finished run, unless there is something to go on from.
+    """
     path = folder / "run.json"
     if not path.is_file():
+        if entries[0].body.keys() >= OF_A_RUN and not (folder / LOCK).exists():
+            raise ArtifactError(f"'{path}' is missing; the run wrote it.", remedy=AGAIN)
         return None
     run = _read_run(path)
     if run.get("status") == "running" and "digest" not in run:
+        if any(entry.kind == "result" for entry in entries) and not _goes_on(folder):
+            raise ArtifactError(f"'{path}' was changed: the ledger tells of a run that is finished.", remedy=AGAIN)
         return None
     for name, stated in run.get("files", {}).items():
         _check_file(folder / name, stated)
+    for name in run.get("written", ()):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"'{folder / name}' is missing; it was written with the run.", remedy=AGAIN)
     _check_agreement(path, run, entries)
     return run
 
@@ -178,6 +197,27 @@ def _read_run(path: Path) -> dict[str, Any]:
     if run_digest(run) != run["digest"] or text != as_text(run):
         raise ArtifactError(f"'{path}' was changed: it does not have the digest it gives.", remedy=AGAIN)
     return run
+
+
+def _goes_on(folder: Path) -> bool:
+    return (folder / LOCK).exists() or (folder / CHECKPOINT).exists()
+
+
+def note_written(folder: Path, name: str) -> None:
+    """Have `run.json` say that a file made from it lies beside it, so that its loss is noticed.
+
+    One that was changed stays as it is, for `verify_folder` to find: it gets no new digest.
+    """
+    path = folder / "run.json"
+    try:
+        run = _read_run(path)
+    except ArtifactError:
+        return
+    if "digest" not in run or name in run.get("written", ()):
+        return
+    run["written"] = sorted([*run.get("written", ()), name])
+    run["digest"] = run_digest(run)
+    write_bytes(path, as_text(run).encode())
 
 
 def run_digest(run: Mapping[str, Any]) -> str:

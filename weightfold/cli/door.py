@@ -1,6 +1,6 @@
 """The one door through which a command's errors leave: one clear message on stderr, and an exit code.
 
-0 done | 1 a defect of weightfold | 2 something to put right: arguments, files, data | 130 interrupted
+0 done | 1 a defect of weightfold | 2 something to put right: arguments, files, data | 130 interrupted, also by SIGTERM
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +32,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(debug: bool = False, **values: Any) -> None:
         try:
-            command(**values)
+            with _ended_like_an_interruption():
+                command(**values)
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
@@ -49,6 +53,27 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     run.__annotations__["debug"] = Debug
     return run
+
+
+@contextmanager
+def _ended_like_an_interruption() -> Iterator[None]:
+    """Have the signals that end a process (a scheduler's, a closed terminal's) do what Ctrl-C does, for a while."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def explain(error: BaseException) -> tuple[int, str]:

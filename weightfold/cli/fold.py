@@ -53,8 +53,7 @@ def fold(
         max_increase=max_increase,
         seed=seed,
     )
-    run = fold_trained(config, out, force=force)
-    write_report(out)
+    run = fold_trained(config, out, force=force, after=write_report)
     if as_json:
         show.print_json({"out": str(out), **run})
         return

@@ -60,6 +60,7 @@ def lump(
     )
     source, dataset = _opened(model, example, data, weights)
     if sweep:
+        _check_free(out, force=force)
         rows = run_sweep(source, config, data=dataset)
         _write_sweep(out, model, rows, force=force)
         show.print_json({"model": model, "rows": rows}) if as_json else print_sweep(rows, out)
@@ -105,16 +106,21 @@ def _opened(model: str, example: list[str] | None, data: str | None, weights: Pa
     return source, dataset
 
 
+def _check_free(out: Path | None, *, force: bool) -> None:
+    if out is not None:
+        from weightfold.training import folder as files
+
+        files.check(out, force=force)
+
+
 def _write_sweep(out: Path | None, model: str, rows: list[dict[str, Any]], *, force: bool) -> None:
     if out is None:
         return
-    from weightfold.artifact.files import make_folder, write_bytes, write_json
+    from weightfold.artifact.files import write_bytes, write_json
+    from weightfold.errors import ConfigError
     from weightfold.report.curves import Curve, panels
     from weightfold.training import folder as files
 
-    files.check(out, force=force)
-    make_folder(out)
-    write_json(out / "sweep.json", show.finite({"model": model, "rows": rows}))
     curves = []
     for key, name in (("score", "score"), ("measured", "change of the outputs (rms)"), ("bound", "guaranteed bound")):
         points = [(row["kept"], number) for row in rows if (number := _number(row, key)) is not None]
@@ -123,7 +129,12 @@ def _write_sweep(out: Path | None, model: str, rows: list[dict[str, Any]], *, fo
     pictures = "".join(
         panels(f"{model}: {name}", [(name, own, None)], "share of parameters kept", name) for name, own, _ in curves[:1]
     )
-    write_bytes(out / "sweep.svg", pictures.encode())
+    with files.claimed(out, "lump --sweep", force=force) as left:
+        if left is not None:
+            raise ConfigError(f"'{out}' holds an interrupted run.", remedy="Choose another --out, or pass --force.")
+        files.clear(out)
+        write_json(out / "sweep.json", show.finite({"model": model, "rows": rows}))
+        write_bytes(out / "sweep.svg", pictures.encode())
 
 
 def _number(row: dict[str, Any], key: str) -> float | None:

@@ -158,16 +158,18 @@ def _run(out: Path, config: dict[str, Any] | None, *, force: bool = False, as_js
     from weightfold.training import TrainConfig
     from weightfold.training import resume as go_on
     from weightfold.training import train as start
-    from weightfold.training.folder import read_run
+    from weightfold.training.folder import begun
 
     checked = None if config is None else TrainConfig(**config)
-    method = read_run(out)["config"]["method"] if checked is None else checked.method
+    method = begun(out)["config"].get("method", "fold") if checked is None else checked.method
     try:
         with _plain_warnings(), board(method, quiet=as_json) as tell:
-            run = go_on(out, watch=tell) if checked is None else start(checked, out, force=force, watch=tell)
+            if checked is None:
+                run = go_on(out, watch=tell, after=write_report)
+            else:
+                run = start(checked, out, force=force, watch=tell, after=write_report)
     except KeyboardInterrupt:
         raise _interrupted(out) from None
-    write_report(out)
     if as_json:
         show.print_json({"out": str(out), **run})
         return
@@ -190,7 +192,7 @@ def _interrupted(out: Path) -> BaseException:
     from weightfold.cli.door import INTERRUPTED, complain
 
     resumable = (out / "run.json").exists()
-    remedy = f"\n  -> Go on with: weightfold train --resume {out}" if resumable else ""
+    remedy = f"\n  -> Go on by the same command, or: weightfold train --resume {out}" if resumable else ""
     complain(f"Interrupted; nothing half-written was left behind.{remedy}")
     return typer.Exit(INTERRUPTED)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from weightfold import __version__
 from weightfold.artifact import Builder, Input, Structure, read_header, read_structure, write_bytes, write_json
 from weightfold.artifact.format import KEY, check_tensors, to_metadata
-from weightfold.artifact.header import fingerprint
+from weightfold.artifact.header import fingerprint, settled
 from weightfold.artifact.packed import SUFFIX
 from weightfold.blueprint import Blueprint, rebuild_, state_tensors
 from weightfold.data.checkpoint import check_names, fitted_names, load_weights_, put_tensors_, read_tensors
@@ -58,7 +58,7 @@ def save_model(
     structure = structure_of(model, before, builder, inputs, ledger_head)
     tensors = {n: t.detach().cpu().contiguous() for n, t in state_tensors(model).items() if n not in structure.aliases}
     metadata = to_metadata(structure) | ({} if program is None else {PROGRAM: program})
-    write_bytes(Path(path), save(tensors, metadata=metadata))
+    write_bytes(Path(path), settled(save(tensors, metadata=metadata)))
     return structure
 
 

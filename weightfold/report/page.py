@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weightfold import __version__
 from weightfold.artifact import write_bytes
-from weightfold.audit.folder import sealed
+from weightfold.audit.folder import note_written, sealed
 from weightfold.report import origin, sections
 from weightfold.report.compressed import bits
 from weightfold.report.facts import Facts, gather
@@ -20,6 +20,8 @@ STYLES = tuple(Path(__file__).with_name(name) for name in ("style.css", "timelin
 def write_report(folder: str | Path) -> Path:
     """Write `report.html` into the folder of a finished run: one file that opens without a network.
 
+    The run's `run.json` says from then on that there is one.
+
     Args:
         folder: holds `run.json` and `ledger.db`.
     Returns:
@@ -31,6 +33,7 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     path = folder / NAME
     write_bytes(path, sealed(render(gather(folder)).encode()))
+    note_written(folder, NAME)
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from weightfold.artifact import Structure, drafting, read_structure
+from weightfold.artifact.lock import Lock
 from weightfold.audit.history import Change, History, history_of
 from weightfold.blueprint import Blueprint, state_tensors
 from weightfold.errors import ArtifactError, ConfigError
@@ -26,7 +27,7 @@ from weightfold.size import parameters
 from weightfold.training import folder as files
 from weightfold.training.config import TrainConfig
 from weightfold.training.finish import tensor_digests
-from weightfold.training.run import Progress, train
+from weightfold.training.run import After, Progress, train
 from weightfold.training.speed import lost_races
 
 AT_ONCE = ("fold", "lump")
@@ -81,6 +82,7 @@ def train_again(
     maker: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    after: After | None = None,
 ) -> Facts:
     """Repeat a run's training with its recorded decisions forced, and compare the two.
 
@@ -94,6 +96,7 @@ def train_again(
         maker: package.module:function of a network that is not built in.
         force: write over the run that `out` holds.
         progress: told after each epoch.
+        after: called with the folder of the new run, before others may work in it.
     Returns:
         facts: "same_structure", "same_weights", "same_start"; "first_difference", in words, or None.
     Raises:
@@ -116,7 +119,7 @@ def train_again(
     config = _config(run, threads, device, maker)
     if not learns or not lost_races(history.entries):  # else a clock would decide what is settled already
         config = config.model_copy(update={"race": None})
-    again = train(config, out, force=force, progress=progress, forced=forced)
+    again = train(config, out, force=force, progress=progress, forced=forced, after=after)
     with Ledger.open(out / files.LEDGER, readonly=True) as ledger:
         other, other_losses = read(ledger), ledger.metrics("folded/loss")
     first, second = _result(history), _result(other)
@@ -266,8 +269,11 @@ def undo_run(
     out: str | Path | None = None,
     force: bool = False,
     maker: str | None = None,
+    after: After | None = None,
 ) -> Facts:
     """Take edits of a finished run back, the latest one or all down to an entry, and write the wider network.
+
+    Where a process was killed while it replaced the run's own network, the same command finishes that.
 
     Args:
         folder: of a finished run.
@@ -275,6 +281,7 @@ def undo_run(
         out: a file for the network; None: replace the run's own, which is recorded in its ledger.
         force: write over `out`, or over the run's model.
         maker: package.module:function of a network that is not built in.
+        after: called with the folder of the run whose own network was replaced, before others may work in it.
     Returns:
         facts: "undone" edits with whether each is exact; "exact", whether all are; "parameters" before and after;
             "file".
@@ -292,21 +299,32 @@ def undo_run(
             f"'{folder / files.PACKED}' holds the network as it is: taken back, it would be another.",
             remedy="Pass --out FILE for the wider network.",
         )
-    with Ledger.open(folder / files.LEDGER, readonly=out is not None) as ledger:
-        history = read(ledger)
-        _check_standing(history, seq)
-        twin = original(folder, run, maker)
-        made = rebuild(twin, _task(run).example(), history, ledger.get_blob)
-        if made.difference is not None:
-            raise ArtifactError(
-                f"The network of '{folder}' cannot be rebuilt. {made.difference}", remedy="weightfold ledger replay"
-            )
-        source = open_model(str(folder / files.MODEL), maker=maker)
-        facts = _undo(source.model, made, ledger.get_blob, seq)
-        if out is not None:
+    if out is not None:
+        with Ledger.open(folder / files.LEDGER, readonly=True) as ledger:
+            source, facts, history = _taken_back(folder, run, ledger, seq, maker)
             _save(source, target, read_structure(folder / files.MODEL)[0].ledger_head)
             return {**facts, "file": str(target), "head": history.head}
-        return {**facts, "file": str(target), "head": _replace(source, folder, run, history, ledger, facts)}
+    with files.working(folder) as lock:
+        facts = _finished(folder, lock) or _replaced(folder, lock, seq, maker)
+        if after is not None:
+            after(folder)
+        return {**facts, "file": str(target)}
+
+
+def _taken_back(
+    folder: Path, run: Facts, ledger: Ledger, seq: int | None, maker: str | None
+) -> tuple[Source, Facts, History]:
+    """The run's network with its edits taken back, in memory alone."""
+    history = read(ledger)
+    _check_standing(history, seq)
+    twin = original(folder, run, maker)
+    made = rebuild(twin, _task(run).example(), history, ledger.get_blob)
+    if made.difference is not None:
+        raise ArtifactError(
+            f"The network of '{folder}' cannot be rebuilt. {made.difference}", remedy="weightfold ledger replay"
+        )
+    source = open_model(str(folder / files.MODEL), maker=maker)
+    return source, _undo(source.model, made, ledger.get_blob, seq), history
 
 
 def _check_target(target: Path, folder: Path, out: str | Path | None, *, force: bool) -> None:
@@ -359,18 +377,49 @@ def _save(source: Source, path: Path, head: str | None) -> Structure:
         )
 
 
-def _replace(source: Source, folder: Path, run: Facts, history: History, ledger: Ledger, facts: Facts) -> str:
-    """Put the network in the place of the run's own, and record it; if that fails all stays as it was."""
-    body = _undo_body(source.model, facts)
-    promised = Entry.after((history.entries[-1].seq, history.head), "undo", body, {}).hash
-    with drafting(folder / files.MODEL) as draft:
-        structure = _save(source, draft, promised)
-        entry = ledger.append("undo", body)
-    write_structure(structure, folder)
-    ledger.close()
-    since = [*run.get("since", []), {"seq": entry.seq, "head": entry.hash, "undone": facts["undone"]}]
-    files.write_run(folder, {key: value for key, value in run.items() if key != "digest"} | {"since": since})
-    return entry.hash
+def _replaced(folder: Path, lock: Lock, seq: int | None, maker: str | None) -> Facts:
+    """Put the network in the place of the run's own, and record it.
+
+    The network lies whole beside the run's own, and what is to be done is stated, before the ledger says that it was
+    done; so whoever is killed after that has only to move files, and before that nothing has happened.
+    """
+    run = files.read_run(folder)
+    with Ledger.open(folder / files.LEDGER) as ledger:
+        source, facts, history = _taken_back(folder, run, ledger, seq, maker)
+        body = _undo_body(source.model, facts)
+        promised = Entry.after((history.entries[-1].seq, history.head), "undo", body, {})
+        since = {"seq": promised.seq, "head": promised.hash, "undone": facts["undone"]}
+        _save(source, folder / files.NEXT, promised.hash)
+        lock.state("ledger undo", since=since, facts=facts)
+        try:
+            ledger.append("undo", body)
+        except BaseException:
+            (folder / files.NEXT).unlink(missing_ok=True)
+            raise
+    return _moved(folder, since, facts)
+
+
+def _finished(folder: Path, lock: Lock) -> Facts | None:
+    """Finish what a process that was killed had recorded and not yet done; None where there is nothing."""
+    left = lock.left or {}
+    with Ledger.open(folder / files.LEDGER, readonly=True) as ledger:
+        recorded = "since" in left and ledger.head == left["since"]["head"]
+    if recorded:
+        lock.state("ledger undo", since=left["since"], facts=left["facts"])
+        return _moved(folder, left["since"], left["facts"])
+    (folder / files.NEXT).unlink(missing_ok=True)
+    return None
+
+
+def _moved(folder: Path, since: Facts, facts: Facts) -> Facts:
+    """Give the network its name, and have the run's other files say what the ledger says."""
+    if (folder / files.NEXT).is_file():
+        (folder / files.NEXT).replace(folder / files.MODEL)
+    write_structure(read_structure(folder / files.MODEL)[0], folder)
+    run = files.read_run(folder)
+    known = [item for item in run.get("since", []) if item["seq"] != since["seq"]]
+    files.write_run(folder, {key: value for key, value in run.items() if key != "digest"} | {"since": [*known, since]})
+    return {**facts, "head": since["head"]}
 
 
 def _undo_body(model: nn.Module, facts: Facts) -> Facts:

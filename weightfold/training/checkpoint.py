@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from weightfold.artifact import read_header, write_bytes
+from weightfold.audit.folder import CHECKPOINT
 from weightfold.errors import ArtifactError
 from weightfold.training.nested import join, split
 
-NAME = "checkpoint.safetensors"
+NAME = CHECKPOINT
 KEY = "weightfold.checkpoint"
 FORMAT = 1
 

@@ -31,7 +31,7 @@ from weightfold.size import macs, parameters
 from weightfold.stats.norms import recalibrate_
 from weightfold.training import folder as files
 from weightfold.training.environment import machine, versions
-from weightfold.training.measure import evaluate, score_name
+from weightfold.training.measure import Score, evaluate, score_name
 
 BATCH = 128
 JITTER = 1.5
@@ -252,30 +252,44 @@ def lump_to_folder(
         "initial_weights": fingerprint(model),
         "total_steps": 0,
     }
-    files.claim(out, force=force)
-    try:
-        twin = copy.deepcopy(model)
-        with Ledger.create(out / files.LEDGER, run=facts) as ledger:
-            found = lump_network(model, zeros(source.inputs), config, inputs, ledger)
-            results = found.facts
-            if data is not None and before is not None:
-                after = evaluate(model, data, "test", device)
-                results |= {"score": score_name(data.task), "scores": [before.value, after.value]}
-            ledger.append("result", {"lump": {k: v for k, v in results.items() if k != "seconds"}})
-            head = ledger.head
-        for name, network in ((files.DENSE, twin), (files.MODEL, model)):
-            structure = save_model(
-                network,
-                out / name,
-                before=source.before,
-                builder=source.builder,
-                inputs=source.inputs,
-                ledger_head=head,
-            )
-        write_structure(structure, out)
-    except BaseException:
-        files.clear(out)
-        raise
+    with files.claimed(out, "lump", force=force) as left:
+        if left is None:
+            return files.written_whole(out, lambda: _written(source, config, out, data, before, inputs, facts))
+        told = {key: facts[key] for key in ("config", "data", "initial_weights")}
+        files.check_same(out, left, {"kind": "lump", **told})
+        return left
+
+
+def _written(
+    source: Source,
+    config: LumpRunConfig,
+    out: Path,
+    data: Dataset | None,
+    before: Score | None,
+    inputs: Sequence[Tensor],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Lump, and write all files of the run."""
+    model, device = source.model, torch.device("cpu")
+    twin = copy.deepcopy(model)
+    with Ledger.create(out / files.LEDGER, run=facts) as ledger:
+        found = lump_network(model, zeros(source.inputs), config, inputs, ledger)
+        results = found.facts
+        if data is not None and before is not None:
+            after = evaluate(model, data, "test", device)
+            results |= {"score": score_name(data.task), "scores": [before.value, after.value]}
+        ledger.append("result", {"lump": {k: v for k, v in results.items() if k != "seconds"}})
+        head = ledger.head
+    for name, network in ((files.DENSE, twin), (files.MODEL, model)):
+        structure = save_model(
+            network,
+            out / name,
+            before=source.before,
+            builder=source.builder,
+            inputs=source.inputs,
+            ledger_head=head,
+        )
+    write_structure(structure, out)
     run = {"status": "done", "kind": "lump", **facts, "machine": machine(device), "results": results, "head": head}
     return files.write_run(out, run)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -66,29 +66,38 @@ class OneShotConfig(Config):
     """of the choice of inputs"""
 
 
-def fold_trained(config: OneShotConfig, out: str | Path, *, force: bool = False) -> dict[str, Any]:
+def fold_trained(
+    config: OneShotConfig, out: str | Path, *, force: bool = False, after: Callable[[Path], object] | None = None
+) -> dict[str, Any]:
     """Fold a trained network at once and write a run's folder.
 
     Args:
         config: what to fold.
-        out: the folder; missing or empty.
+        out: the folder; missing, empty, or of the same command, interrupted.
         force: write over the run that the folder holds.
+        after: called with the folder of the finished run, before others may work in it.
     Returns:
         run: what `run.json` holds.
     Raises:
         WeightfoldError: anything that can be found wrong. The folder is left as it was then.
+        ConfigError: another process is at work in the folder, or it holds something else.
     """
     out = Path(out)
     files.check(out, force=force)
     data = load(config.data)
     source = open_model(config.model, weights=config.weights, task=data.task)
     original = _scored(source.model, data)
-    files.claim(out, force=force)
-    try:
-        return _fold(config, out, data, source, original)
-    except BaseException:
-        files.clear(out)
-        raise
+    with files.claimed(out, "fold", force=force) as left:
+        if left is None:
+            run = files.written_whole(out, lambda: _fold(config, out, data, source, original))
+        else:
+            facts = _facts(config, data, source.model)
+            told = {key: facts[key] for key in ("config", "data", "initial_weights")}
+            files.check_same(out, left, {"kind": "fold", **told})
+            run = left
+        if after is not None:
+            after(out)
+        return run
 
 
 def _scored(model: nn.Module, data: Dataset) -> Score:

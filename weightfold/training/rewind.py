@@ -14,6 +14,8 @@ from weightfold.errors import LedgerError
 from weightfold.ledger import Ledger, lines
 from weightfold.ledger.audit import read_blobs, read_metrics
 
+_BESIDE = ("-wal", "-shm")
+
 
 def rewind(path: Path, n_entries: int, last_step: int) -> None:
     """Leave the first entries, the metrics up to a step, and all blobs; the hashes of what is left stay the same.
@@ -35,7 +37,8 @@ def rewind(path: Path, n_entries: int, last_step: int) -> None:
         ...         ledger.head == head
         True
     """
-    with Ledger.open(path, readonly=True) as ledger:
+    copy, jsonl = (path.with_name(f"{path.name}.rewind{end}") for end in ("", ".jsonl"))
+    with Ledger.open(path) as ledger:
         if len(ledger) < n_entries:
             raise LedgerError(
                 f"'{path}' holds {len(ledger)} entries; the checkpoint has seen {n_entries}.",
@@ -43,20 +46,24 @@ def rewind(path: Path, n_entries: int, last_step: int) -> None:
             )
         if len(ledger) == n_entries and all(step <= last_step for step in _steps(ledger)):
             return
-        exported = _lines(ledger, n_entries, last_step)
-        jsonl = path.with_name(f"{path.name}.rewind.jsonl")
-        copy = path.with_name(f"{path.name}.rewind")
+        beside = [copy.with_name(copy.name + suffix) for suffix in _BESIDE]
+        _remove(copy, jsonl, *beside)  # of a process that was killed here
         try:
             with drafting(jsonl) as draft, draft.open("w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(exported)
+                stream.writelines(_lines(ledger, n_entries, last_step))
             Ledger.import_jsonl(jsonl, copy).close()
         finally:
-            jsonl.unlink(missing_ok=True)
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+            _remove(jsonl)
+        # All is in the file itself before its journal goes: until the copy takes its place it is whole.
+        ledger._query("PRAGMA wal_checkpoint(TRUNCATE)")
+    _remove(*(path.with_name(path.name + suffix) for suffix in _BESIDE))
     copy.replace(path)
-    for suffix in ("-wal", "-shm"):
-        copy.with_name(copy.name + suffix).unlink(missing_ok=True)
+    _remove(*beside)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _steps(ledger: Ledger) -> itertools.chain[int]:

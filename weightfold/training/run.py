@@ -48,6 +48,9 @@ N_POINTS = 400
 N_PROBE = 8
 """Batches of training samples by which edits are judged."""
 
+After = Callable[[Path], object]
+"""Called with the folder of a finished run."""
+
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called after each epoch with the epochs done, all epochs, and the latest scores."""
 
@@ -60,55 +63,57 @@ def train(
     progress: Progress | None = None,
     forced: Replay | None = None,
     watch: Watch | None = None,
+    after: After | None = None,
 ) -> dict[str, Any]:
-    """Train, compare, and write the folder of the run.
+    """Train, compare, and write the folder of the run; go on with it where it was interrupted.
 
     Args:
         config: what to train.
-        out: the folder; missing or empty.
+        out: the folder; missing, empty, or of an interrupted run of the same settings.
         force: write over the run that the folder holds.
         progress: told after each epoch.
         forced: decisions of an earlier run, in place of the method's own; not judged by a gate.
         watch: told after every few batches.
+        after: called with the folder of the finished run, before others may work in it.
     Returns:
         run: what `run.json` holds.
     Raises:
         WeightfoldError: anything that can be found wrong, before the first batch. The folder is left as it was then.
+        ConfigError: another process is at work in the folder, or it holds something else.
     """
     out = Path(out)
     files.check(out, force=force)
     with _own_state(config):
         run = _Run(config, out, forced)
-        files.claim(out, force=force)
-        try:
-            run.begin()
-        except BaseException:
-            run.close()
-            files.clear(out)
-            raise
-        return run.go(progress, watch)
+        with files.claimed(out, "train", force=force, kind="train", config=run.config.model_dump(mode="json")) as left:
+            facts = run.carry_out(left, progress, watch)
+            if after is not None:
+                after(out)
+            return facts
 
 
-def resume(out: str | Path, *, progress: Progress | None = None, watch: Watch | None = None) -> dict[str, Any]:
+def resume(
+    out: str | Path, *, progress: Progress | None = None, watch: Watch | None = None, after: After | None = None
+) -> dict[str, Any]:
     """Go on with an interrupted run; a finished one is only read.
 
     Raises:
         ArtifactError: the folder holds no run, or its checkpoint is damaged.
         LedgerError: its ledger is damaged.
+        ConfigError: another process is at work in the folder.
     """
     out = Path(out)
-    facts = files.read_run(out)
-    if facts["status"] == "done":
+    facts = files.begun(out)
+    if facts["status"] == "done" and not files.is_interrupted(out):
+        if after is not None:
+            after(out)
         return facts
-    if "replays" in facts:
+    if "replays" in facts or facts["kind"] != "train":
+        what = "replays another one" if "replays" in facts else f"is one of weightfold {facts['kind']}"
         raise ConfigError(
-            f"The run in '{out}' replays another one and was interrupted.", remedy="Replay it from the beginning."
+            f"The run in '{out}' {what} and was interrupted.", remedy="Give the command that began it once more."
         )
-    config = TrainConfig(**facts["config"])
-    with _own_state(config):
-        run = _Run(config, out)
-        run.take_up()
-        return run.go(progress, watch)
+    return train(TrainConfig(**facts["config"]), out, progress=progress, watch=watch, after=after)
 
 
 class _Run:
@@ -129,9 +134,12 @@ class _Run:
         self.arms: dict[str, Arm] = {}
         self.scores: dict[str, Any] = {}
         self.watch: Watch | None = None
+        self.started: dict[str, Any] | None = None
 
     def facts(self) -> dict[str, Any]:
-        """What is hashed into the first entry: all that the result depends on."""
+        """What is hashed into the first entry: all that the result depends on, as it was when the run began."""
+        if self.started is not None:
+            return self.started
         data = self.data
         return {
             "config": self.config.model_dump(mode="json"),
@@ -148,6 +156,31 @@ class _Run:
             "total_steps": self.total_steps,
             **({} if self.forced is None else {"replays": self.forced.config.head}),
         }
+
+    def carry_out(self, left: dict[str, Any] | None, progress: Progress | None, watch: Watch | None) -> dict[str, Any]:
+        """Begin, or go on with what an interrupted run has left, to the end."""
+        if left is not None:
+            facts = self.facts()
+            told = {key: facts[key] for key in ("config", "data", "initial_weights", "total_steps")}
+            files.check_same(self.out, left, {"kind": "train", **told, "replays": facts.get("replays")})
+            if left["status"] == "done":
+                (self.out / CHECKPOINT).unlink(missing_ok=True)
+                return left
+        if left is not None and self.forced is None:
+            self.started = {key: left[key] for key in self.facts()}
+            self.take_up()
+        else:
+            files.clear(self.out)
+            self._begin_or_clear()
+        return self.go(progress, watch)
+
+    def _begin_or_clear(self) -> None:
+        try:
+            self.begin()
+        except BaseException:
+            self.close()
+            files.clear(self.out)
+            raise
 
     def begin(self) -> None:
         """Start from nothing."""

@@ -73,7 +73,7 @@ def _train(
         tempfile.TemporaryDirectory(prefix="weightfold-") as scratch,
         show.progress("replaying", quiet=quiet) as update,
     ):
-        facts = train_again(
+        return train_again(
             run,
             out or Path(scratch, "run"),
             threads=threads,
@@ -81,10 +81,8 @@ def _train(
             maker=model,
             force=force,
             progress=lambda done, total, _: update(done, total, ""),
+            after=None if out is None else write_report,
         )
-    if out is not None:
-        write_report(out)
-    return facts
 
 
 def _print(facts: Mapping[str, Any], *, trained: bool) -> None:

@@ -29,13 +29,10 @@ def undo(
     as_json: Json = False,
 ) -> None:
     """Write the network with its latest edit, or all edits down to one, taken back."""
+    from weightfold.report import write_report
     from weightfold.training.again import undo_run
 
-    facts = undo_run(run, seq=seq, out=out, force=force, maker=model)
-    if out is None:
-        from weightfold.report import write_report
-
-        write_report(run)
+    facts = undo_run(run, seq=seq, out=out, force=force, maker=model, after=write_report)
     if as_json:
         show.print_json(facts)
         return

@@ -27,4 +27,6 @@ def verify(source: Source, as_json: Json = False) -> None:
         console.print(f"[green]intact[/]  {name}")
     for name in facts["unchecked"]:
         console.print(f"[dim]not checked  {name}[/]")
+    if facts["unfinished"]:
+        console.print("[yellow]unfinished[/]  the run goes on, or was interrupted: the command that began it goes on")
     console.print(f"head    {facts['head']}")
