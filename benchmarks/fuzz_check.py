@@ -114,6 +114,7 @@ class Subject:
                 self.net.train(mode == "train")
                 out.append([leaf.clone() for leaf in leaves(self.net(*self.args, **self.kwargs))])
                 self.put(buffers)
+        self.net.eval()
         return out
 
 
@@ -145,9 +146,10 @@ def _tensor(net: nn.Module, name: str) -> Tensor:
 
 
 def clear(net: nn.Module, group: ChannelGroup, channels: Sequence[int], roles: set[str]) -> None:
-    """Zero some channels in all axes of some roles."""
+    """Zero some channels in all axes of some roles; of a weight norm the length alone, for zero has no direction."""
     for axis in group.axes:
-        for channel in channels if axis.role in roles else ():
+        zero = axis.role in roles and not axis.tensor.endswith("weight.original1")
+        for channel in channels if zero else ():
             for cell in cells(_tensor(net, axis.tensor), axis, channel):
                 cell.zero_()
 
@@ -234,7 +236,8 @@ def plants(group: ChannelGroup, g: torch.Generator) -> Iterator[Plant]:
     if "remove" in group.admits and group.zero_at_zero:
         writes = {"write", "pointwise", "both"}
         yield (lambda net: clear(net, group, dead, writes)), [("silent", lambda: without(group, dead))]
-    if "remove" in group.admits and "read" in roles and "both" not in roles:
+    elsewhere = getattr(group, "read_elsewhere", False)
+    if "remove" in group.admits and "read" in roles and "both" not in roles and not elsewhere:
         yield (lambda net: clear(net, group, dead, {"read"})), [("unread", lambda: without(group, dead))]
     if "merge" in group.admits:
         tries: list[Trial] = [("merge", lambda: merged(group, pairs))]

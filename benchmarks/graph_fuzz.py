@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from fuzz_net import Built, Recipe, build, draw, smaller
 
 import weightfold
 from weightfold.errors import WeightfoldError
-from weightfold.graph.group import ChannelGraph
+from weightfold.graph.proof import prepared
 from weightfold.graph.resize import with_sizes
 from weightfold.graph.trace import trace
 
@@ -110,38 +110,30 @@ def _study(recipe: Recipe, report: Report, prove: bool, kinds: Collection[str]) 
         report.invalid = told(error)
         return
     example = (built.args, built.kwargs)
-    graph = with_sizes(built.net, example, trace(built.net, example))
+    traced = trace(built.net, example)
+    graph = prepared(built.net, example, graph=traced) if prove else with_sizes(built.net, example, traced)
+    report.withdrawn = [f"{kind} of {name}" for name, kind, _ in graph.proved.withdrawn]
     report.groups, report.free = len(graph), sum(group.free for group in graph)
     report.operators = tuple(sorted(set(graph.operators)))
-    proved = proof(built, example, graph) if prove else graph
-    report.withdrawn = [
-        f"{kind} of {group.name}" for group in graph for kind in sorted(group.admits - admitted(proved, group.name))
-    ]
-    for finding in check(lambda: Subject(*_parts(build(recipe))), graph, recipe.seed, kinds):
-        report.checks[finding.kind] += 1
-        if finding.wrong:
-            report.let_through.append(finding)
-    report.wrong = report.let_through
+    fresh = lambda: Subject(*_parts(build(recipe)))  # noqa: E731
+    report.wrong = [finding for finding in _counted(report, check(fresh, graph, recipe.seed, kinds)) if finding.wrong]
+    report.let_through = report.wrong
     if report.withdrawn:
-        again = check(lambda: Subject(*_parts(build(recipe))), proved, recipe.seed, kinds)
-        report.wrong = [finding for finding in again if finding.wrong]
-    for finding in report.let_through:
+        graph = with_sizes(built.net, example, traced)
+        report.let_through = [f for f in check(fresh, graph, recipe.seed, kinds) if f.wrong]
+    for finding in (*report.wrong, *report.let_through):
         if finding.mode == "apply" and finding.raised.startswith("raw"):
             report.raw = report.raw or f"{finding.kind} {finding.mode}: {finding.raised}"
 
 
+def _counted(report: Report, findings: Iterable[Finding]) -> Iterator[Finding]:
+    for finding in findings:
+        report.checks[finding.kind] += 1
+        yield finding
+
+
 def _parts(built: Built) -> tuple[Any, ...]:
     return built.net, built.args, built.kwargs
-
-
-def admitted(graph: ChannelGraph, name: str) -> frozenset[str]:
-    """What a group admits in a graph; nothing where it is not there."""
-    return next((group.admits for group in graph if group.name == name), frozenset())
-
-
-def proof(built: Built, example: Any, graph: ChannelGraph) -> ChannelGraph:  # noqa: ARG001
-    """The graph with only those admissions that hold on this very network."""
-    return graph
 
 
 def _place(error: BaseException) -> str:
@@ -210,10 +202,11 @@ def told_of(number: int, report: Report) -> list[str]:
     if report.raw:
         out.append(f"net {number}: RAW {report.raw}")
     wrong = {(f.group, f.kind) for f in report.wrong}
-    for finding in report.let_through[:4]:
-        mark = "WRONG" if (finding.group, finding.kind) in wrong else "withdrawn"
-        what = finding.raised or f"{finding.error:.2g}"
-        out.append(f"net {number}: {mark} {finding.kind} of '{finding.group}' ({finding.mode}): {what}")
+    rest = [f for f in report.let_through if (f.group, f.kind) not in wrong]
+    for mark, findings in (("WRONG", report.wrong), ("by rules alone", rest)):
+        for finding in findings[:4]:
+            what = finding.raised or f"{finding.error:.2g}"
+            out.append(f"net {number}: {mark}: {finding.kind} of '{finding.group}' ({finding.mode}): {what}")
     if report.shrunk:
         out.append(f"    {report.shrunk}")
     return out

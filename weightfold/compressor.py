@@ -45,7 +45,7 @@ from weightfold.methods.base import Method, Moment, Proposal, Refused, touched_g
 from weightfold.ranks import Ranks, check_whole, rewrapped, uncompiled, unwrapped
 from weightfold.size import parameters
 from weightfold.surgeon import Surgeon, check_shapes, fits
-from weightfold.watching import Updates, Watch, Watcher
+from weightfold.watching import Statistics, Updates, Watch, Watcher
 
 
 class Compressor:
@@ -367,13 +367,13 @@ class Compressor:
 
     # proposals ------------------------------------------------------------------------------------------------------
 
-    def _moment(self, total_steps: int) -> Moment:
+    def _moment(self, total_steps: int, statistics: Statistics | None = None) -> Moment:
         return Moment(
             self.model,
             self.graph,
             self._step,
             total_steps,
-            self._watcher.statistics,
+            statistics or {},
             self.example,
             self.generator,
             self.probe,
@@ -405,7 +405,7 @@ class Compressor:
                 if total_steps:
                     self._fill_statistics(method)
                 with self._clock.on("planning"):
-                    proposals = method.step(self._moment(total_steps))
+                    proposals = method.step(self._moment(total_steps, self._watcher.statistics))
                 events += self._refused
                 if proposals:
                     self._check_still_ours()

@@ -72,6 +72,11 @@ def check_enough(probe: Sequence[Batch], batch_size: int) -> None:
         )
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says first; some say nothing."""
+    return next(iter(str(error).splitlines()), "")
+
+
 def check_probe(model: nn.Module, probe: Sequence[Batch], loss: Loss) -> None:
     """Find out before the first batch whether a probe can judge.
 
@@ -84,7 +89,7 @@ def check_probe(model: nn.Module, probe: Sequence[Batch], loss: Loss) -> None:
         raise
     except Exception as error:
         raise DataError(
-            f"The model or the loss fails on the probe: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            f"The model or the loss fails on the probe: {type(error).__name__}: {first_line(error)[:200]}",
             remedy="Pass probe=[(inputs, targets), ...] with batches from the training split.",
         ) from error
     if not all(map(math.isfinite, values)):

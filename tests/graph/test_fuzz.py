@@ -53,13 +53,13 @@ def test_a_recipe_comes_back_from_its_text_and_builds_the_same_network(seed: int
 
 def test_a_wrong_admission_is_found_and_shrunk_to_the_piece_that_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that takes channels behind a sigmoid for silent, among pieces that have nothing to do with it."""
-    trace = graph_fuzz.trace
+    with_sizes = graph_fuzz.with_sizes
 
-    def too_generous(net: nn.Module, example: object) -> ChannelGraph:
-        graph = trace(net, example)
+    def too_generous(net: nn.Module, example: object, graph: ChannelGraph) -> ChannelGraph:
+        graph = with_sizes(net, example, graph)
         return graph.with_groups(tuple(replace(group, zero_at_zero=True) for group in graph))
 
-    monkeypatch.setattr(graph_fuzz, "trace", too_generous)
+    monkeypatch.setattr(graph_fuzz, "with_sizes", too_generous)
     seed = next(k for k in range(1000) if Pick(k).of(ACTIVATIONS) is nn.Sigmoid)
     sigmoid = Step("activation", seed)
     recipe = Recipe(VECTOR, 1, (Step("relu", 1), Step("residual", 2, ((sigmoid,),)), Step("relu", 6)))
@@ -73,5 +73,6 @@ def test_a_short_run_is_clean() -> None:
     figures = graph_fuzz.summary(reports, 1.0, prove=True)
     assert figures["raw_errors"] == 0, [r.raw for r in reports]
     assert figures["invalid"] == 0, [r.invalid for r in reports]
+    assert figures["wrong"] == 0, [r.wrong for r in reports]
     assert figures["checks"] > 20
     assert figures["nets_with_free_groups"] >= 4

@@ -113,7 +113,7 @@ class Builder:
         if len(comps) < 2 and not gauges:
             return None
         flags = int(np.bitwise_or.reduce(facts.comp_flags[comps]))
-        axes = self._axes(rows, channel, len(comps), paired=bool(flags & L.PAIRED))
+        axes = self._axes(rows, channel, len(comps), paired=flags & (L.PAIRED | L.READ) == L.PAIRED)
         ids = _in_order_of_use(block[comps])
         verdict = self._verdict(comps, ids, fixed, axes)
         return ChannelGroup(
@@ -156,6 +156,8 @@ class Builder:
             verdict.revoke({"remove"}, reason_of(facts, comps, no_remove, self.where))
         if flags & no_merge:
             verdict.revoke({"merge"}, reason_of(facts, comps, no_merge, self.where))
+        if flags & L.PAIRED and flags & L.READ:
+            verdict.revoke({"merge"}, "is multiplied with others of its kind, and read by a weight besides")
         sizes = np.bincount(ids)
         if fixed == "some" or len(set(sizes.tolist())) > 1:
             text = "shares a layout with channels that are frozen, or whose blocks differ in size"
@@ -221,6 +223,7 @@ class Builder:
         labels, blocks = stacked(facts.store.members)
         keep = (labels > 0) & (blocks > 0)
         used = np.unique(facts.comp[torch.cat([u.flatten() for u in facts.store.used]).numpy()])
+        used = used[facts.is_block[used]]
         family = block_families(facts.store, facts.comp)
         root_of_label, root_of_block = facts.plain[labels[keep]], facts.comp[blocks[keep]]
         groups = []

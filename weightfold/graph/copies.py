@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from weightfold.errors import TraceError
 
@@ -276,7 +277,10 @@ class Copier:
         """Whatever else there is, by the protocol of `copy` and `pickle`."""
         try:
             own = getattr(value, "__deepcopy__", None)
+            if own is not None and code_of(own) is not None and code_of(own).__module__ == parametrize.__name__:
+                return self._rebuilt(value, type(value).__new__, (type(value),), vars(value))
             if own is not None:
+                self._remember_tensors(value)
                 return own(self.memo)
             reduce = copyreg.dispatch_table.get(type(value))
             plan: Any = value.__reduce_ex__(4) if reduce is None else reduce(value)
@@ -285,6 +289,11 @@ class Copier:
             raise
         except Exception as error:
             raise NotCopied(value, error) from error
+
+    def _remember_tensors(self, value: Any) -> None:
+        """Tensors of a module that copies itself are found in the memory by its own code."""
+        for source in (*value.parameters(), *value.buffers()) if isinstance(value, nn.Module) else ():
+            self._remember(source, self(source))
 
     def _rebuilt(
         self,

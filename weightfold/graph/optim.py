@@ -172,8 +172,14 @@ def _held_by(given: Any, seen: set[int]) -> list[torch.optim.Optimizer]:
     seen.add(id(given))
     values = getattr(given, "__dict__", {}).values()
     parts = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
-    held = [o for part in parts if isinstance(part, torch.optim.Optimizer) for o in _held_by(part, seen)]
+    held = [o for part in parts if _looks_like_one(part) for o in _held_by(part, seen)]
     return held or ([given] if isinstance(given, torch.optim.Optimizer) else [])
+
+
+def _looks_like_one(part: Any) -> bool:
+    """Wrappers need not be optimisers themselves."""
+    named = all(callable(getattr(type(part), name, None)) for name in ("step", "zero_grad"))
+    return isinstance(part, torch.optim.Optimizer) or named
 
 
 def _no_optimizer(given: Any) -> ConfigError:

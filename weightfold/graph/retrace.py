@@ -87,7 +87,7 @@ def _retraced_at(bench: Bench, graph: ChannelGraph, names: Sequence[str], at: in
                 grown |= {name} if change.n_after > change.n_channels else set()
                 expected, _ = apply(twin, expected, change)
     except (EditError, RuntimeError, AttributeError, ValueError, TypeError) as error:
-        return f"cannot be cut: {str(error).splitlines()[0][:160]}"
+        return f"cannot be cut: {next(iter(str(error).splitlines()), type(error).__name__)[:160]}"
     problem = _forward_problem(twin, bench.example)
     if problem:
         return problem

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
@@ -34,8 +36,24 @@ def _set(owner: Any, name: str, value: Any, changes: list[Change]) -> None:
         setattr(owner, name, value)
 
 
+def _tensor(module: nn.Module, leaf: str) -> Any:
+    """What a module holds under a name. A parametrized weight is computed, as in evaluation: in training that would
+    move its buffers (the power iteration of a spectral norm)."""
+    if not parametrize.is_parametrized(module, leaf):
+        return getattr(module, leaf, None)
+    modes = [(part, part.training) for part in cast(nn.ModuleDict, module.parametrizations)[leaf].modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad():
+            return getattr(module, leaf)
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def _shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
-    tensor = getattr(module, leaf, None)
+    tensor = _tensor(module, leaf)
     if tensor is None and leaf == "weight":
         tensor = getattr(module, "running_mean", None)
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
@@ -73,7 +91,7 @@ def sync_module(
             _set(module, "normalized_shape", shape, changes)
         return
     if isinstance(module, nn.GroupNorm) and blocks and rows_before:
-        _set(module, "num_groups", module.num_groups * module.weight.shape[0] // rows_before, changes)
+        _set(module, "num_groups", module.num_groups * _tensor(module, "weight").shape[0] // rows_before, changes)
     for name, (leaf, dim) in _SIZES.items():
         shape = _shape(module, leaf)
         if shape is not None and dim < len(shape) and isinstance(getattr(module, name, None), int):
@@ -81,7 +99,7 @@ def sync_module(
 
 
 def _sync_conv(conv: Any, rows_before: int | None, changes: list[Change]) -> None:
-    shape = tuple(conv.weight.shape)
+    shape = tuple(_tensor(conv, "weight").shape)
     if rows_before:
         _set(conv, "groups", conv.groups * shape[0] // rows_before, changes)
     out, into = (1, 0) if conv.transposed else (0, 1)

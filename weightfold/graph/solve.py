@@ -110,6 +110,27 @@ def join_equal_blocks(store: Store, comp: Ints) -> Ints:
     return components(int(comp.max()) + 1, np.array(a, np.int64), np.array(b, np.int64))[comp]
 
 
+def join_single_channels(store: Store, comp: Ints, seeded: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """Blocks that hold one channel each are these channels, where a parameter met them as blocks (the scale of an image
+    that a vector was laid out as). Returns the components, and the blocks that are channels now."""
+    labels, blocks = stacked(store.members)
+    keep = (labels > 0) & (blocks > 0)
+    pairs = np.unique(np.stack([comp[labels[keep]], comp[blocks[keep]]]), axis=1)
+    if not pairs.size:
+        return comp, np.zeros(0, np.int64)
+    met = np.zeros(int(comp.max()) + 1, bool)
+    met[comp[seeded]] = True
+    family = block_families(store, comp)[pairs[1]]
+    single = []
+    for fam in np.unique(family[met[pairs[1]]]):
+        channels, own = pairs[:, family == fam]
+        if len(channels) == len(np.unique(channels)) == len(np.unique(own)):
+            single.append(pairs[:, family == fam])
+    found = np.concatenate(single, axis=1) if single else np.zeros((2, 0), np.int64)
+    joined = components(int(comp.max()) + 1, found[0], found[1])
+    return joined[comp], joined[found[1]]
+
+
 def spread_read(store: Store, flags: Ints) -> None:
     """A weight that is itself computed (a query made from learned latents) reads with all its parts, its bias too."""
     n = store.n_atoms
@@ -127,6 +148,10 @@ def solve(store: Store) -> Facts:
     n = store.n_atoms
     comp = components(n, *stacked([(a, b) for a, b, _ in store.edges]))
     comp = join_equal_blocks(store, comp)
+    atom = np.concatenate([np.arange(s.start, s.start + s.n) for s in store.seeds] or [np.zeros(0, np.int64)])
+    seeded = np.zeros(n, bool)
+    seeded[atom] = True
+    comp, channels = join_single_channels(store, comp, seeded)
     plain = components(n, *stacked([(a, b) for a, b, is_plain in store.edges if is_plain]))
     n_comps = int(comp.max()) + 1
     atom_flags = np.zeros(n, np.int64)
@@ -151,11 +176,9 @@ def solve(store: Store) -> Facts:
         comp_touch = np.zeros(n_comps, np.uint64)
         np.add.at(comp_touch, comp, touch)
     is_block = np.zeros(n_comps, bool)
-    seeded = np.zeros(n, bool)
-    atom = np.concatenate([np.arange(s.start, s.start + s.n) for s in store.seeds] or [np.zeros(0, np.int64)])
-    seeded[atom] = True
     is_block[comp[~seeded]] = True
     is_block[comp[0]] = False
+    is_block[channels] = False
     base = Atoms(
         atom,
         np.repeat(np.arange(len(store.seeds)), [s.n for s in store.seeds]),

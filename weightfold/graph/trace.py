@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
-from weightfold.graph import rules
+from weightfold.graph import algebra, rules
 from weightfold.graph.build import Builder
 from weightfold.graph.copies import flush_caches, meta_tensor, structural_copy
 from weightfold.graph.export import Example, arguments, export_program, quiet
@@ -103,7 +103,9 @@ class Interpreter:
         result = self._apply(node, args, kwargs)
         self.constants += rules.numbers_of(node, [*args, *kwargs.values()], result)
         if rules.in_place(node) and node.args:
-            self._written(node, env, args, result)
+            self._written(node.args[0], env, args, result)
+        if "out" in node.kwargs:
+            self._written(node.kwargs["out"], env, args, result)
         return result
 
     def _apply(self, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -129,21 +131,25 @@ class Interpreter:
             return rules.shapes_of(node)
         return rules.unknown(self.store, node, *args, **kwargs)
 
-    def _written(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], args: list[Any], result: Any) -> None:
-        """An in-place operator changes what later users of its target see."""
-        target = node.args[0]
+    def _written(self, target: Any, env: dict[torch.fx.Node, Any], args: list[Any], result: Any) -> None:
+        """An in-place operator changes what later users of its target see.
+
+        A buffer keeps what is written into it for the next forward: its channels are those of the new values.
+        """
         if not isinstance(target, torch.fx.Node) or not isinstance(env.get(target), Value):
             return
         if env[target].known is not None:
             _forget_numbers(env)
+        if env[target].name is not None and isinstance(result, Value):
+            algebra.meet(self.store, env[target], result, "none")
         env[target] = result
         base, unary = target, len(rules.values_in(args)) == 1
         while base.op == "call_function" and rules.is_view(base) and isinstance(base.args[0], torch.fx.Node):
             step, base = base, base.args[0]
-            if not unary and not _seen_by_others(base, step):
-                continue
             old = env.get(base)
             if not isinstance(old, Value):
+                continue
+            if not unary and old.name is None and not _seen_by_others(base, step):
                 continue
             if unary:
                 for item in old.fields:

@@ -93,6 +93,11 @@ def members(group: ChannelGroup) -> list[Tensor]:
     return [(group.block == b).nonzero().flatten() for b in torch.unique(group.block)]
 
 
+def has_several_places(group: ChannelGroup) -> bool:
+    """Whether a channel has several places on an axis: then a single one that is left over cannot be copied."""
+    return any(axis.index.shape[1] > 1 for axis in group.axes)
+
+
 def smallest_block(group: ChannelGroup) -> int:
     return min(map(len, members(group)))
 
@@ -107,15 +112,16 @@ class Picked:
     copies: list[int] = field(default_factory=list)
     doubled: list[int] = field(default_factory=list)
 
-    def take(self, row: list[int], kinds: Collection[str], which: str) -> None:
-        """Give the channels of one block their parts; ``row``: its channels, those to go first in front."""
+    def take(self, row: list[int], kinds: Collection[str], which: str, spare: int) -> None:
+        """Give the channels of one block their parts; ``row``: its channels, those to go first in front; ``spare``:
+        how many must stay besides one."""
         n, row = len(row), list(row)
         share = 1
         if which == MOST:
             share = max(1, n - max(1, n // 4))
         elif which == SOME:
             others = len({UNREAD, MERGE} & set(kinds))
-            share = max(1, min(n - 1 - others, n // 2)) if SILENT in kinds else max(1, n // 4)
+            share = max(1, min(n - 1 - others - spare, n // 2)) if SILENT in kinds else max(1, n // 4)
         for kind, out in ((SILENT, self.silent), (UNREAD, self.unread)):
             if kind in kinds:
                 out += row[:share]
@@ -141,18 +147,19 @@ def pick(group: ChannelGroup, kinds: Collection[str], generator: torch.Generator
         if which in (LAST, FIRST):
             end = int(block[-1 if which == LAST else 0])
             row = [end, *(c for c in row if c != end)]
-        out.take(row[:n], kinds, which)
+        out.take(row[:n], kinds, which, int(SPLIT in kinds and has_several_places(group)))
     return out
 
 
 def rounds(group: ChannelGroup, kinds: Sequence[str]) -> list[list[str]]:
     """Kinds that fit into one trial: each removal needs a channel of its own, and one must stay."""
     room = smallest_block(group) - 1
+    spare = int(has_several_places(group))
     out: list[list[str]] = [[]]
     used = 0
     for kind in kinds:
         need = int(kind in (SILENT, UNREAD, MERGE))
-        if used + need > room and need:
+        if (used + need > room and need) or (kind == SPLIT and used + spare > room and used):
             out.append([])
             used = 0
         out[-1].append(kind)

@@ -249,7 +249,7 @@ class SelfCompress(Method):
         config = self.config
         if self._learner is None:
             named = dict(moment.model.named_parameters())
-            if lost := [n for n in self._names if not bool(torch.isfinite(named[n]).all())]:
+            if lost := [n for n, p in named.items() if not bool(torch.isfinite(p).all())]:
                 raise DataError(
                     f"'{lost[0]}' is not finite at step {moment.step}, at which quantisation begins.",
                     remedy="Lower the learning rate, or look at the batches before this step.",

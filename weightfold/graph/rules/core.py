@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from weightfold.graph.labels import Field, Store, Value
 
@@ -125,8 +126,10 @@ def shapes_of(node: torch.fx.Node) -> Any:
 
 
 def unknown(store: Store, node: torch.fx.Node, *args: Any, **kwargs: Any) -> Any:
-    """Freeze everything that meets an operator without a rule."""
-    for value in values_in(list(args) + list(kwargs.values())):
+    """Freeze everything that meets an operator without a rule. What it makes of parameters alone is still theirs."""
+    values = values_in([*args, *kwargs.values()])
+    for value in values:
         name = node.target if isinstance(node.target, torch._ops.OpOverload) else node_name(node)
         store.freeze(value, f"meets the operator '{name}', which has no rule")
-    return shapes_of(node)
+    state = bool(values) and all(v.state for v in values)
+    return pytree.tree_map_only(Value, lambda v: replace(v, state=state, computed=state), shapes_of(node))

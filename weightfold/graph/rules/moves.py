@@ -38,7 +38,8 @@ def same(store: Store, node: torch.fx.Node, x: Value, *_: Any, **__: Any) -> Any
     return [x, Value(x.shape)] if isinstance(node.meta.get("val"), (tuple, list)) else x
 
 
-@rule("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT", "moveaxis", "adjoint", move=True)
+@rule("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT", "mH", "matrix_H",
+      "moveaxis", "adjoint", move=True)  # fmt: skip
 def reorder(store: Store, node: torch.fx.Node, x: Value, *args: Any, **_: Any) -> Value:
     probe = [1] * len(x.shape)
     order: list[int] = []
@@ -258,6 +259,11 @@ def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field |
     """The field of a concatenation along ``d``: every part's labels, constants where a part has none."""
     found = [[f for f in part.fields if f.level == level and d in f.support] for part in parts]
     if not any(found) or (level == 1 and not all(found)):
+        for part, fs in zip(parts, found, strict=True):
+            told = any(f.level == 0 and d in f.support for f in part.fields)
+            for lost in () if told else fs:
+                store.flag(lost.labels, FROZEN, "is concatenated with what is not laid out in such blocks")
+                store.kill(lost)
         return None
     for extra in (f for fs in found for f in fs[1:]):
         store.flag(extra.labels, FROZEN, "is concatenated in more than one way")

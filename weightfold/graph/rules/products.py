@@ -110,7 +110,7 @@ def plus_bias(store: Store, out: Value, bias: Value | None) -> Value:
     return algebra.meet(store, out, bias, "add")
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot")
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot")
 def matmul(store: Store, node: torch.fx.Node, a: Value, b: Value) -> Value:
     left = unsqueeze(a, 0) if len(a.shape) == 1 else a
     right = unsqueeze(b, 1) if len(b.shape) == 1 else b
