@@ -124,3 +124,19 @@ def test_grids_are_few_and_divide_the_columns() -> None:
         assert all(n % grid.size == 0 and grid.size % grid.width == 0 for grid in grids)
     assert Grid(784, 28) in Grid.candidates((8, 784), 784)
     assert Grid(16, 4) in Grid.candidates((8, 800), 800)
+
+
+def test_rows_with_codes_and_no_column_for_them_are_refused() -> None:
+    """Drawn bytes find them now and then; before, NumPy's error came out."""
+    draw = np.random.default_rng(0)
+    whole = encode(CodedTensor(draw.integers(-3, 4, (6, 8)).astype(np.int16), np.zeros(6, np.int16)))
+    refused = 0
+    for _ in range(1500):
+        data = bytearray(whole)
+        for at in draw.integers(1, len(data), 3):
+            data[at] = draw.integers(256)
+        try:
+            decode(bytes(data), (6, 8))
+        except ArtifactError:
+            refused += 1
+    assert refused > 100

@@ -333,3 +333,16 @@ def test_a_header_that_inflates_to_megabytes_is_refused() -> None:
     short = deflate(b'{"b":1}' + b" " * (1 << 20))
     with pytest.raises(ArtifactError, match="cut off or too long"):
         unpack(_resealed(varint(len(short)) + short + b"\0", b""))
+
+
+def test_a_network_without_tensors_comes_back() -> None:
+    structure = Structure(builder=Builder(kind="instance", name="Net"), fingerprint="")
+    assert unpack(pack(structure, {}, {})[0]).arrays() == {}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_not_read(value: float) -> None:
+    structure = Structure(builder=Builder(kind="instance", name="Net"), fingerprint="")
+    header = write_header(structure, [Entry("b", (1,), "float32")])
+    with pytest.raises(ArtifactError, match="'b' holds values that are not finite"):
+        unpack(_resealed(header, np.array([value], "<f4").tobytes()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from weightfold.errors import ArtifactError
 from weightfold.runtime.expressions import refusal
+from weightfold.runtime.graphs import graph_module
 from weightfold.runtime.opened import program_of
 from weightfold.runtime.program_check import checked_archive
 from weightfold.runtime.require import quiet
@@ -221,3 +222,15 @@ def test_sizes_pass(text: str) -> None:
 )  # fmt: skip
 def test_anything_else_is_refused(text: str) -> None:
     assert refusal(text) is not None
+
+
+def test_a_graph_that_no_forward_is_written_of_is_refused(program: bytes) -> None:
+    """Two inputs of one name."""
+
+    def twice(model: Any) -> None:
+        graph, signature = model["graph_module"]["graph"], model["graph_module"]["signature"]
+        text = json.dumps([graph, signature]).replace('"p_custom_bias"', '"x"')
+        model["graph_module"]["graph"], model["graph_module"]["signature"] = json.loads(text)
+
+    with pytest.raises(ArtifactError, match="cannot be"):
+        graph_module(program_of(changed(program, in_model(twice)), "net.pt2"))

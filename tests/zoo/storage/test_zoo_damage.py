@@ -14,6 +14,7 @@ from weightfold.errors import ArtifactError
 from weightfold.fingerprint import digest
 from weightfold.zoo.card import Card
 from weightfold.zoo.delta.codec import decode, encode
+from weightfold.zoo.storage.catalogue import _summed
 from weightfold.zoo.store import Zoo
 
 from ..conftest import EXAMPLE, equal, near, net, pair, switched
@@ -196,3 +197,17 @@ def test_a_zoo_without_its_catalogue_is_not_taken_for_a_new_one(zoo: Zoo) -> Non
     kept.rename(zoo.folder / "zoo.db")
     with Zoo.open(zoo.folder) as fresh:
         assert not fresh.verify()
+
+
+@pytest.mark.parametrize(
+    "body", ["", "[]", "null", '{"a": NaN}', '{"facts": 3}', '{"name": "x"}', '{"added": []}', "[" * 5000]
+)
+def test_a_row_of_something_else_is_an_error_of_ours(zoo: Zoo, body: str) -> None:
+    """Its checksum is right: it was made so."""
+    zoo.add(net(), name="a")
+    names = "name, digest, semantic_hash, embedding, extras, symmetries, body"
+    with sqlite3.connect(zoo.folder / "zoo.db") as db:
+        row = db.execute(f"SELECT {names} FROM models").fetchone()
+        db.execute("UPDATE models SET body = ?, checksum = ?", (body, _summed((*row[:-1], body))[-1]))
+    with pytest.raises(ArtifactError, match="the row of 'a' was changed or is damaged"):
+        zoo.cards()

@@ -87,3 +87,41 @@ def test_an_exported_graph_is_hashed_without_its_class(zoo: Zoo, tmp_path: Path)
     x = torch.randn(1, 1, 6, 6)
     assert torch.equal(out(x), model(x))
     assert fingerprint(out) == card.digest
+
+
+def changed(data: bytes, old: str, new: str) -> bytes:
+    """Stored symmetries with another text, the first time that it stands there."""
+    n_text, whole = int.from_bytes(data[:8], "little"), zlib.decompress(data[8:])
+    text = whole[:n_text].decode()
+    assert old in text
+    text = text.replace(old, new, 1)
+    return len(text).to_bytes(8, "little") + zlib.compress(text.encode() + whole[n_text:])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"dim":0', '"dim":"0"'),
+        ('"dim":0', '"dim":true'),
+        ('"dim":0', '"dim":null'),
+        ('{"s":["', '{"s":[3,"'),
+        ('"c":"Slot"', '"c":"Symmetries"'),
+        ('"c":"Slot"', '"c":"exec"'),
+        ('{"t":0}', '{"t":"0.0"}'),
+        ('{"t":0}', "0"),
+        ('"free":', '"free":1,"free":'),
+        ('"c":"Symmetries"', '"c":"Slot"'),
+    ],
+)
+def test_fields_of_another_type_are_damage(old: str, new: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = to_bytes(symmetries(net, torch.zeros(1, 4)))
+    assert to_bytes(from_bytes(data)) == data
+    with pytest.raises(ArtifactError, match="stored symmetries are damaged"):
+        from_bytes(changed(data, old, new))
+
+
+def test_symmetries_that_unpack_to_much_are_refused() -> None:
+    data = (1 << 28).to_bytes(8, "little") + zlib.compress(bytes(1 << 24))
+    with pytest.raises(ArtifactError, match="damaged"):
+        from_bytes(data)

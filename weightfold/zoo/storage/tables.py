@@ -12,7 +12,9 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
-from typing import Any
+from functools import cache
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -20,12 +22,12 @@ from torch import Tensor
 
 from weightfold.artifact.plain import parse_json
 from weightfold.errors import ArtifactError
-from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup, Frozen, Gauge
+from weightfold.graph.group import Axis, ChannelGraph, ChannelGroup, Frozen, Gauge, Proof
 from weightfold.weights.symmetry import Freedom, Gain, Members, Norm, Slot, Symmetries
 
 _CLASSES = {
     made.__name__: made
-    for made in (Axis, ChannelGraph, ChannelGroup, Freedom, Frozen, Gain, Gauge, Members, Norm, Slot, Symmetries)
+    for made in (Axis, ChannelGraph, ChannelGroup, Freedom, Frozen, Gain, Gauge, Members, Norm, Proof, Slot, Symmetries)
 }
 _LEAST, _MOST = 1 << 20, 256
 """Bytes that may be unpacked, and for each that is packed."""
@@ -92,19 +94,48 @@ def _plain(value: Any, tables: list[Tensor], seen: dict[int, int]) -> Any:
     return {"l": [_plain(item, tables, seen) for item in value]}
 
 
+def _checked(made: Any) -> Any:
+    """An object whose fields hold what they are said to hold."""
+    for name, hint in _hints(type(made)).items():
+        if not _fits(getattr(made, name), hint):
+            raise TypeError(f"'{name}' of a {type(made).__name__} is no {hint}")
+    return made
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as it is annotated."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is tuple:
+        each = [args[0]] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else list(args)
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if origin is frozenset:
+        return isinstance(value, frozenset) and all(_fits(item, args[0]) for item in value)
+    if hint in (int, bool):
+        return type(value) is hint
+    return type(value) in (int, float) if hint is float else isinstance(value, hint)
+
+
 def _made(value: Any, tables: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if "t" in value:
         return tables[str(value["t"])]
     if "c" in value:
-        return _CLASSES[value["c"]](**{name: _made(item, tables) for name, item in value["v"].items()})
+        made = {name: _made(item, tables) for name, item in value["v"].items()}
+        return _checked(_CLASSES[value["c"]](**made))
     if "f" in value:
         return Fraction(*value["f"])
     if "m" in value:
         return {_made(k, tables): _made(v, tables) for k, v in value["m"]}
     if "s" in value:
-        if not all(isinstance(item, str) for item in value["s"]):
-            raise TypeError("a set holds more than names")
         return frozenset(value["s"])
     return tuple(_made(item, tables) for item in value["l"])
