@@ -384,6 +384,7 @@ class Compressor:
             self._record,
             self._ranks,
             self._refuse,
+            self.ledger is not None,
         )
 
     def _refuse(self, group: str, why: str) -> None:

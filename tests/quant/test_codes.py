@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from weightfold.artifact.matrix import coded_bits
 from weightfold.errors import ConfigError
 from weightfold.quant.attached import attach
-from weightfold.quant.codes import coded_model, coded_tensor, coded_vector, quantisable, trim
-from weightfold.quant.rate import prices
+from weightfold.quant.codes import coded_model, coded_vector, quantisable
 from weightfold.size import unique_state
 
 
@@ -100,22 +98,3 @@ def test_a_network_is_given_exactly_the_values_of_its_file() -> None:
     again = coded_model(model, values_of(model), 8)
     for name, tensor in tensors.coded.items():
         assert np.array_equal(again.coded[name].values(), tensor.values()), "rounding twice changes nothing"
-
-
-def test_trimming_saves_about_what_is_asked_and_takes_the_least_first() -> None:
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(40, 60, generator=g) * (torch.rand(40, 1, generator=g) < 0.5)
-    exponent_R, bits_R = torch.zeros(40), torch.full((40,), 3.0)
-    exponent_R[:20] = -2
-    tensor = coded_tensor(weight, exponent_R, bits_R)
-    price = prices(torch.from_numpy(tensor.codes).float(), torch.full((40,), 3.0))
-    before = coded_bits(tensor)
-    after = trim({"w": tensor}, {"w": price}, 300)["w"]
-    assert 100 < before - coded_bits(after) < 900
-    gone = (tensor.codes != 0) & (after.codes == 0)
-    assert gone.any()
-    assert (np.abs(tensor.codes[gone]) == 1).all()
-    share = [gone[part].sum() / (np.abs(tensor.codes[part]) == 1).sum() for part in (slice(20), slice(20, 40))]
-    assert share[0] > share[1], "small steps go first"
-    everything = trim({"w": tensor}, {"w": price}, 1e12)["w"]
-    assert np.array_equal(everything.codes, np.where(np.abs(tensor.codes) == 1, 0, tensor.codes))

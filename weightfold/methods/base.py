@@ -47,6 +47,7 @@ class Moment:
         record: write a fact into the ledger: kind, body (hashed: what would be the same in a second run), aside.
         ranks: the processes that train this network.
         refuse: leave one group out, with the reason, and go on with the others; by default that is an error.
+        recorded: whether a ledger is kept, whose hash stands in the run's files.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Moment:
     record: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda *_: None
     ranks: Ranks = field(default_factory=Ranks)
     refuse: Callable[[str, str], None] = _refuse_all
+    recorded: bool = False
 
 
 @dataclass(frozen=True, eq=False)

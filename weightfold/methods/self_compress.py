@@ -39,18 +39,19 @@ from weightfold.methods.base import Method, Moment, Proposal, check_liked
 from weightfold.quant.account import Account
 from weightfold.quant.activations import Activations
 from weightfold.quant.activations import Grid as InputGrid
+from weightfold.quant.attached import plain_copy
 from weightfold.quant.budget import Budget, Caution, Ramp, expected_accuracy, schedule, target_bytes
-from weightfold.quant.codes import CodedModel, coded_model, quantisable, trim
+from weightfold.quant.codes import CodedModel, coded_model, quantisable
 from weightfold.quant.dead import Dead, dead_channels, evenly, first_of_blocks, observe_spans
 from weightfold.quant.fake import start, step_index
 from weightfold.quant.front import Front, Point
 from weightfold.quant.learner import Learner
+from weightfold.quant.trimming import Judge, trimmed
 from weightfold.size import count_macs, file_bytes, unique_state
 from weightfold.widths import Grid
 
 PULL_BITS = 64
 """What a unit of a constant that stands in the way of a removal costs, in bits."""
-MAX_TRIMS = 20
 RELIEF = 0.25
 """What is left of λ while the guard holds."""
 PATIENT_STEPS = 100
@@ -165,7 +166,7 @@ class SelfCompress(Method):
         config = self.config
         check_liked(moment.graph, config.liked or ())
         self._names, self.refused = quantisable(moment.model, config.tensors)
-        self._account = Account.of(moment.model)
+        self._account = Account.of(moment.model, recorded=bool(moment.ranks.shared(moment.recorded)))
         if not self._names:
             why = "; ".join(f"'{n}': {r}" for n, r in list(self.refused.items())[:3])
             raise ConfigError(f"No parameter can be compressed{': ' + why if why else ''}.")
@@ -470,8 +471,7 @@ class SelfCompress(Method):
         """Give the network exactly the values of its file, and take the quantisers off."""
         if self._learner is None:
             return
-        self._learner.count()
-        self.result = self._trimmed(self._learner, self._coded(moment.model))
+        self.result = self._trimmed(moment, self._coded(moment.model))
         self._learner.release()
         self.result.load_into(moment.model)
         n_live, n_all = self.result.n_weights()
@@ -493,20 +493,18 @@ class SelfCompress(Method):
         moment.record("precision", body, {})
         self._learner = None
 
-    def _trimmed(self, learner: Learner, model: CodedModel) -> CodedModel:
-        """Where the file is still too large, give up the codes that hold least for what they cost."""
-        if not isinstance(self._aim, Budget):
+    def _trimmed(self, moment: Moment, model: CodedModel) -> CodedModel:
+        """Where the file is still too large, give up the codes that the loss misses least for what they take."""
+        aim, account = self._aim, self._account
+        if not isinstance(aim, Budget) or account.written_bytes(model) <= aim.target:
             return model
-        price = {n: q.price for n, q in learner.quantisers.items()}
-        for _ in range(MAX_TRIMS):
-            excess = 8 * (self._account.promised_bytes(model) - self._aim.target)
-            if excess <= 0:
-                break
-            coded = {n: model.coded[n] for n in self._names}
-            after = replace(model, coded={**model.coded, **trim(coded, price, excess)})
-            self._n_trimmed += model.n_weights()[0] - after.n_weights()[0]
-            model = after
-        return model
+        smaller = model
+        if moment.ranks.leads:
+            judge = Judge(plain_copy(moment.model), moment.probe, moment.loss, moment.autocast)
+            smaller = trimmed(model, self._names, aim.target, account.written_bytes, judge)
+        smaller = moment.ranks.shared(smaller)
+        self._n_trimmed = model.n_weights()[0] - smaller.n_weights()[0]
+        return smaller
 
     # restarts -------------------------------------------------------------------------------------------------------
 

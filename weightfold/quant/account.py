@@ -11,7 +11,7 @@ from torch import nn
 
 from weightfold.artifact.coded import CodedTensor
 from weightfold.artifact.format import Builder, Structure, differences
-from weightfold.artifact.packed import promised_bytes
+from weightfold.artifact.packed import pack, promised_bytes
 from weightfold.artifact.packed_header import expected_attributes, in_order
 from weightfold.graph.group import ChannelGraph
 from weightfold.quant.codes import CodedModel, coded_model
@@ -25,6 +25,7 @@ class Account:
     Args:
         name: of its class.
         shapes: of its tensors before any cut, by name.
+        recorded: whether the hash of a ledger stands in its files.
 
     Example:
         >>> account = Account.of(nn.Linear(4, 2))
@@ -34,20 +35,28 @@ class Account:
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
+    recorded: bool = True
 
     @classmethod
-    def of(cls, model: nn.Module) -> Account:
+    def of(cls, model: nn.Module, *, recorded: bool = True) -> Account:
         """Of a network as it is now."""
-        return cls(type(model).__name__, {n: tuple(v.shape) for n, v in unique_state(model).items()})
+        return cls(type(model).__name__, {n: tuple(v.shape) for n, v in unique_state(model).items()}, recorded)
 
     def promised_bytes(self, tensors: CodedModel) -> float:
-        """Bytes of the file that holds these tensors, header included."""
+        """Bytes of the file that holds these tensors, header included, without coding it; within a byte or two."""
+        return promised_bytes(self._structure(tensors), tensors.coded, tensors.plain)
+
+    def written_bytes(self, tensors: CodedModel) -> int:
+        """Bytes of the file that holds these tensors, to the byte: it is made, and thrown away."""
+        return len(pack(self._structure(tensors), tensors.coded, tensors.plain)[0])
+
+    def _structure(self, tensors: CodedModel) -> Structure:
         now = {name: tensor.shape for name, tensor in (*tensors.coded.items(), *tensors.plain.items())}
         sizes = differences(self.shapes, now, {})
         builder = Builder(kind="instance", name=self.name)
         follow = tuple(expected_attributes({name: sizes[name] for name in in_order(sizes)}))
-        structure = Structure(builder=builder, sizes=sizes, attributes=follow, ledger_head="0" * 64, fingerprint="")
-        return promised_bytes(structure, tensors.coded, tensors.plain)
+        head = "0" * 64 if self.recorded else None
+        return Structure(builder=builder, sizes=sizes, attributes=follow, ledger_head=head, fingerprint="")
 
     def least_bytes(self, model: nn.Module, names: Sequence[str], bias_bits: int, graph: ChannelGraph | None) -> float:
         """The file without any weight: header, biases, norms and buffers, of one channel where channels can be cut.

@@ -16,7 +16,6 @@ from weightfold.config import nearest
 from weightfold.errors import ConfigError
 from weightfold.quant.attached import attached, owners_of
 from weightfold.quant.fake import codes_of, step_index
-from weightfold.quant.rate import Prices
 from weightfold.size import unique_state
 
 FEW_VALUES = 16
@@ -155,44 +154,6 @@ def coded_model(model: nn.Module, quantisers: Mapping[str, tuple[Tensor, Tensor]
         else:
             plain[name] = stored(value)
     return CodedModel(coded, plain)
-
-
-def trim(coded: Mapping[str, CodedTensor], prices: Mapping[str, Prices], bits: float) -> dict[str, CodedTensor]:
-    """Set to zero the codes ±1 that save most bits for the change of the weights, until about so many are saved.
-
-    Args:
-        prices: of the same tensors.
-        bits: to be saved.
-    Example:
-        >>> from weightfold.quant.rate import prices
-        >>> codes = np.zeros((4, 8), np.int16)
-        >>> codes[0, 0] = codes[1] = 1
-        >>> tensor = CodedTensor(codes, np.zeros(4, np.int16))
-        >>> price = prices(torch.from_numpy(codes).float(), torch.ones(4))
-        >>> trim({"w": tensor}, {"w": price}, 1)["w"].codes.sum(1).tolist()
-        [0, 8, 0, 0]
-    """
-    names = list(coded)
-    values, costs = [], []
-    for name in names:
-        tensor = coded[name]
-        single_RC = np.abs(tensor.matrix_RC) == 1
-        step_RC = np.broadcast_to(step_value(tensor.steps)[:, None], single_RC.shape)
-        price_RC = prices[name].first_RC.cpu().numpy()
-        values.append(np.where(single_RC, step_RC**2 / price_RC, np.inf).reshape(-1))
-        costs.append(price_RC.reshape(-1))
-    value, cost = np.concatenate(values), np.concatenate(costs)
-    order = np.argsort(value, kind="stable")
-    n = int(np.searchsorted(np.cumsum(cost[order]), bits)) + 1
-    chosen = np.zeros(value.shape, bool)
-    chosen[order[: min(n, int(np.isfinite(value).sum()))]] = True
-    out, at = {}, 0
-    for name in names:
-        tensor = coded[name]
-        mask = chosen[at : at + tensor.codes.size].reshape(tensor.shape)
-        at += tensor.codes.size
-        out[name] = CodedTensor(np.where(mask, 0, tensor.codes).astype(tensor.codes.dtype), tensor.steps)
-    return out
 
 
 def stored(value: Tensor) -> np.ndarray:
