@@ -114,8 +114,8 @@ def find_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
     path, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(path)
-        own = owner._parameters.get(leaf)
-        return owner, leaf, getattr(owner, leaf) if own is None else own
+        held: Any = owner._parameters  # TorchScript's are no dictionary
+        return owner, leaf, held[leaf] if leaf in held and held[leaf] is not None else getattr(owner, leaf)
     except AttributeError as error:
         raise EditError(
             f"The model has no tensor '{name}' any more.", remedy="It changed after it was traced: trace it again."

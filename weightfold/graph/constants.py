@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+
+NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 MAX_NUMBERS = 1 << 20
 """Tensors up to this size are followed."""
@@ -29,7 +32,17 @@ def export_with_constant_branches(
         pure = program.run_decompositions({})
     known = constants_of(program)
     asked = [a for node in _nodes(program) if _reads_values(node) for a in node.all_input_nodes]
-    return pure if all(a in known for a in asked) and not any(map(_open_size, pure.graph.nodes)) else None
+    if _lost_reads(program) or any(a not in known for a in asked) or any(map(_open_size, pure.graph.nodes)):
+        return None
+    return pure
+
+
+def _lost_reads(program: torch.export.ExportedProgram) -> bool:
+    """Whether a number was read off a tensor by an operator that is no longer in the program."""
+    vals = [v for node in _nodes(program) for v in pytree.tree_leaves(node.meta.get("val"))]
+    env = next((v.fake_mode.shape_env for v in vals if isinstance(v, FakeTensor)), None)
+    seen = {symbol for v in vals if isinstance(v, NUMBERS) for symbol in v.node._expr.free_symbols}
+    return env is not None and bool(env.real_tensor_prop_unbacked_vals.keys() - seen)
 
 
 def _nodes(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:

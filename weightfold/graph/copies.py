@@ -159,6 +159,44 @@ class _Inside(nn.Module):
             raise
 
 
+class _Scripted(nn.Module):
+    """Stands for a module of TorchScript: the same tensors under the same names, in a tree of plain modules.
+
+    Tracers replace the tensors of modules for a while, and cannot look into those of TorchScript. So the program gets
+    what this module holds, each time that it is called.
+    """
+
+    def __init__(self, program: Any, source: nn.Module, copier: Copier) -> None:
+        super().__init__()
+        self.training = source.training
+        for name, parameter in source.named_parameters(recurse=False):
+            self.register_parameter(name, copier(parameter))
+        for name, buffer in source.named_buffers(recurse=False):
+            self.register_buffer(name, copier(buffer), persistent=name not in source._non_persistent_buffers_set)
+        for name, child in source.named_children():
+            self.add_module(name, _Scripted(getattr(program, name), child, copier))
+        self.__dict__["_program"] = (program,)  # in a tuple, for it shall be no child
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._ready()(*args, **kwargs)
+
+    def _ready(self) -> Any:
+        for module in self.modules():
+            program = module.__dict__["_program"][0]
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                program._c.setattr(name, tensor)
+            program._c.setattr("training", module.training)
+        return self.__dict__["_program"][0]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_program" not in self.__dict__:
+                raise
+            return getattr(self._ready(), name)
+
+
 class Copier:
     """Copies like `copy.deepcopy`, with its protocol, and one memory for all that it is called with.
 
@@ -206,6 +244,8 @@ class Copier:
             return LOCKS[kind]()
         if isinstance(value, torch.Generator):
             return value.clone_state()
+        if isinstance(value, torch.jit.ScriptModule):
+            return _Scripted(value.__deepcopy__({}), value, self)
         if isinstance(value, nn.Module) and (name := _name_inside(value)) is not None:
             return self._wrapper(value, name)
         return self._object(value)
@@ -330,7 +370,8 @@ class Copier:
             copied.__setstate__(state)
         else:
             named, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-            copied.__dict__.update(named or {})
+            if named:
+                copied.__dict__.update(named)
             for name, item in (slots or {}).items():
                 setattr(copied, name, item)
 

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from weightfold.errors import TraceError
 from weightfold.graph import rules
 from weightfold.graph.constants import export_with_constant_branches
 from weightfold.graph.copies import Copier, cloned, structural_copy
@@ -59,10 +62,22 @@ def quiet() -> Iterator[None]:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
+        stack.enter_context(_unvalidated())
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         yield
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Let distributions be made without a look at the values of their parameters, which is a branch on data."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def export_program(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
@@ -71,6 +86,7 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
     Raises:
         TraceError: the forward fails on the example, branches on data, or cannot be followed.
     """
+    _refuse_unready(model)
     given = arguments(example)
     left_out: list[Hook] = []
     with quiet(), undisturbed(model):
@@ -85,6 +101,21 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
                 if hook is None or not changes_nothing(model, given, hook, left_out):
                     raise explain(twin, type(model).__name__, error, hook, runs=_runs(model, given)) from error
                 left_out.append(hook)
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    """Refuse what has no tensors that could be edited."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"The model is a program of TorchScript ('{model.original_name}'), whose modules cannot be edited.",
+            remedy="Trace the module that it was made from, and make the program of the result.",
+        )
+    unmade = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if unmade is not None:
+        raise TraceError(
+            f"'{unmade}' of '{type(model).__name__}' has no size yet: its module is a lazy one.",
+            remedy="Call the model once on an example: its lazy modules take their sizes from it.",
+        )
 
 
 def _twin(model: nn.Module, left_out: Collection[Hook]) -> nn.Module:

@@ -73,6 +73,8 @@ def sync_module(
         rows_before: of its weight, before.
         scales_groups: whether a convolution has fewer groups with fewer rows; None: as it looks.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # its numbers are part of its code: those that count show in a trial
+        return
     if isinstance(module, nn.modules.conv._ConvNd):
         depthwise = module.groups > 1 and module.in_channels == module.groups
         scales_groups = depthwise if scales_groups is None else scales_groups

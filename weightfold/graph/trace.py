@@ -213,7 +213,7 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {alias: name for alias, name in aliases.items() if alias != name},
         tuple(interpreter.operators),
-        (*interpreter.constants, *_lifted(program)),
+        (*interpreter.constants, *_lifted(program), *(float(n) for n in outputs if isinstance(n, int | float))),
     )
     graph.validate()
     return graph
