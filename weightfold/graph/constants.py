@@ -42,7 +42,10 @@ def _lost_reads(program: torch.export.ExportedProgram) -> bool:
     vals = [v for node in _nodes(program) for v in pytree.tree_leaves(node.meta.get("val"))]
     env = next((v.fake_mode.shape_env for v in vals if isinstance(v, FakeTensor)), None)
     seen = {symbol for v in vals if isinstance(v, NUMBERS) for symbol in v.node._expr.free_symbols}
-    return env is not None and bool(env.real_tensor_prop_unbacked_vals.keys() - seen)
+    if env is None:
+        return False
+    read = env.real_tensor_prop_unbacked_vals
+    return any(not seen & (number.free_symbols | env.replace(number).free_symbols) for number in read)
 
 
 def _nodes(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
