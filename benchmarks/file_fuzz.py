@@ -219,6 +219,8 @@ def main() -> None:
     start = time.time()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         formats = [one for one in all_formats(Path(folder)) if not options.only or one.name in options.only]
+        for one in formats:  # what is imported on first use is no memory of an input
+            one.read(one.legal(one.samples[0]))
         fuzzer = Fuzzer(options.seed, formats, Tripwire(Path(folder)))
         counts: Counter[str] = Counter()
         worst, at, end = (0.0, ""), 0, start + 60 * options.minutes

@@ -53,3 +53,11 @@ def test_random_damage_is_read_or_refused() -> None:
         except DataError:
             continue
         assert loads(dumps(system)).system.terms() == system.terms()
+
+
+def test_large_powers_come_back() -> None:
+    """A reaction may take many of one species: what is written of it is read."""
+    system = loads(REACTION.format("2000 A -> A, 3")).system
+    assert loads(dumps(system)).system.terms() == system.terms() == {"A": {(("A", 2000),): -5997.0}}
+    with pytest.raises(DataError, match="power above 64"):
+        loads(ODE.format("(A + 1)^65"))

@@ -13,6 +13,7 @@ Terms = dict[Monomial, float]
 
 _TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|(\*\*|[-+*/^(),]))")
 MAX_POWER = 64
+"""The largest power of a sum, which is multiplied out."""
 MAX_DEGREE = 4096
 """The largest power of a variable in a monomial."""
 _FREE_TERMS, _TERMS_A_CHARACTER = 1 << 14, 64
@@ -91,6 +92,11 @@ class _Reader:
             remedy="Add a variable for that term with an equation of its own, by the chain rule, or make it a number.",
         )
 
+    def not_finite(self, start: int) -> DataError:
+        end = self.tokens[self.at][2] if self.at < len(self.tokens) else len(self.text)
+        term = self.text[self.tokens[start][2] : end].strip()
+        return DataError(f"{self.where}: '{term[:80]}' is no finite number.", remedy="Correct that number.")
+
     def sum(self) -> Terms:
         out: Terms = {}
         sign = 1.0
@@ -134,8 +140,14 @@ class _Reader:
             raise self.not_polynomial(start, "has a power that is not a whole number from 0 on")
         if not any(base):
             return {(): self.finite_power(start, base.get((), 0.0), value)}
+        if len(base) == 1 and value:
+            ((monomial, c),) = base.items()
+            if max((p for _, p in monomial), default=0) * value > MAX_DEGREE:
+                raise self.not_polynomial(start, f"has a power above {MAX_DEGREE}")
+            powers = tuple((name, p * int(value)) for name, p in monomial)
+            return {powers: self.finite_power(start, c, value)}
         if value > MAX_POWER:
-            raise self.not_polynomial(start, f"has a power above {MAX_POWER}")
+            raise self.not_polynomial(start, f"has a sum of a power above {MAX_POWER}")
         out: Terms = {(): 1.0}
         for _ in range(int(value)):
             out = self.multiplied(start, out, base)
@@ -166,7 +178,7 @@ class _Reader:
         except (OverflowError, ZeroDivisionError):
             value = math.inf
         if isinstance(value, complex) or not math.isfinite(value):
-            raise self.not_polynomial(start, "is no finite number")
+            raise self.not_finite(start)
         return value
 
     def signed(self) -> Terms:
@@ -181,7 +193,7 @@ class _Reader:
         if kind == 1:
             value = float(token)
             if not math.isfinite(value):
-                raise self.not_polynomial(start, "is no finite number")
+                raise self.not_finite(start)
             return {(): value}
         if kind == 2 and self.peek() == "(":
             depth = 0

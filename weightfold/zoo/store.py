@@ -10,7 +10,6 @@ read is verified twice, the blob by its bytes and the tensors by their digest.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +32,7 @@ from weightfold.zoo.exchange.writing import write_model
 from weightfold.zoo.storage import changes, tables
 from weightfold.zoo.storage.catalogue import Catalogue, Content, Model
 from weightfold.zoo.storage.check import Problem, verify
-from weightfold.zoo.storage.contents import Reader
+from weightfold.zoo.storage.contents import Reader, read_extras
 from weightfold.zoo.storage.naming import find
 from weightfold.zoo.storage.objects import WAIT_S, Objects, Swept
 
@@ -333,7 +332,7 @@ class Zoo:
         with self._objects.lease():
             model = self._model(ref)
             state = self._reader.state(self._content(model.name))
-            extras = json.loads(self._objects.read(model.extras)) if model.extras else {}
+            extras = read_extras(self._objects.read(model.extras)) if model.extras else {}
         return write_model(state, extras, Path(path))
 
     def _model(self, ref: str) -> Model:

@@ -211,3 +211,20 @@ def test_a_row_of_something_else_is_an_error_of_ours(zoo: Zoo, body: str) -> Non
         db.execute("UPDATE models SET body = ?, checksum = ?", (body, _summed((*row[:-1], body))[-1]))
     with pytest.raises(ArtifactError, match="the row of 'a' was changed or is damaged"):
         zoo.cards()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"metadata": 3}', '{"files": {"README.md": 3}}', '{"a": {"b": []}}', '{"a": NaN}']
+)
+def test_texts_beside_a_model_that_are_none_are_an_error_of_ours(zoo: Zoo, tmp_path: Path, text: str) -> None:
+    zoo.add(net(), name="a")
+    with zoo._objects.lease():
+        blob = zoo._objects.put(text.encode())
+    model = zoo._catalogue.model("a")
+    assert model is not None
+    with zoo._catalogue.writing():
+        zoo._catalogue.remove_model("a")
+        zoo._catalogue.add_model(replace(model, extras=blob))
+    with pytest.raises(ArtifactError, match="What lay beside the model is damaged"):
+        zoo.get("a", tmp_path / "out")
+    assert [problem.kind for problem in zoo.verify()] == ["extras"]

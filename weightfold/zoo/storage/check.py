@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from weightfold.errors import ArtifactError, WeightfoldError
 from weightfold.zoo.storage import tables
 from weightfold.zoo.storage.catalogue import Catalogue
-from weightfold.zoo.storage.contents import Reader
+from weightfold.zoo.storage.contents import Reader, read_extras
 from weightfold.zoo.storage.objects import Objects
 
 
@@ -78,7 +78,9 @@ def _extras_problems(catalogue: Catalogue, objects: Objects) -> list[Problem]:
         for blob, names in catalogue.beside().items():
             try:
                 data = objects.read(blob)
-                if not data.startswith(b"{"):
+                if data.startswith(b"{"):
+                    read_extras(data)
+                else:
                     tables.from_bytes(data)
             except ArtifactError as error:
                 remedy = f"Remove {', '.join(map(repr, names[:3]))} and add again from the source."

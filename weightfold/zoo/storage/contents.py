@@ -24,6 +24,7 @@ ALIASES = "aliases"
 """Key of the metadata of a blob: further names of tied tensors, as JSON."""
 CACHE_BYTES = 1 << 28
 """Of decoded parents that are kept for their next child."""
+_AGAIN = "Add the model again from its source."
 KNOWN_DTYPES = frozenset(DTYPES.values())
 
 
@@ -90,6 +91,25 @@ def from_blob(data: bytes) -> dict[str, Tensor]:
         return dict(sorted((state | {alias: state[name] for alias, name in aliases.items()}).items()))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"The bytes are no tensors: {error}.") from None
+
+
+def read_extras(data: bytes) -> dict[str, dict[str, str]]:
+    """Read what lay beside a model's tensors: the file's metadata and texts, by name.
+
+    Raises:
+        ArtifactError: it is something else.
+    Example:
+        >>> read_extras(b'{"metadata": {"format": "pt"}}')
+        {'metadata': {'format': 'pt'}}
+    """
+    try:
+        extras = parse_json(data)
+    except ValueError as error:
+        raise ArtifactError(f"What lay beside the model is damaged: {error}.", remedy=_AGAIN) from None
+    parts = extras.values() if isinstance(extras, dict) else [None]
+    if not all(isinstance(part, dict) and all(isinstance(text, str) for text in part.values()) for part in parts):
+        raise ArtifactError("What lay beside the model is damaged: it is no table of texts.", remedy=_AGAIN)
+    return extras
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
