@@ -295,7 +295,7 @@ def clips(module: nn.Module, args: Any, out: Tensor) -> Tensor:
     return out / 2 if out.abs().max().item() > 0.001 else out
 
 
-def test_a_hook_that_branches_on_values_and_changes_them_is_named() -> None:
+def test_a_hook_that_branches_on_values_and_changes_them_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     net = nn.Sequential(mlp(), nn.ReLU())
     handle = net[0][2].register_forward_hook(clips)
     with pytest.raises(TraceError) as caught:
@@ -306,6 +306,7 @@ def test_a_hook_that_branches_on_values_and_changes_them_is_named() -> None:
     assert "test_hooks.py" in message
     assert "take it off" in message
     assert "/torch/" not in message
+    assert capfd.readouterr() == ("", "")
     handle.remove()
     net[0][2].register_forward_hook(lambda m, a, out: torch.where(out.abs().max() > 0.001, out / 2, out))
     assert len(trace(net, inputs()))

@@ -7,6 +7,8 @@ parameter, the branch is the same for every input of these shapes: the program w
 from __future__ import annotations
 
 import operator
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ def export_with_constant_branches(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram | None:
     """Export a model along the branches that the example takes; None if one of them depends on more than constants."""
-    with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
+    with functorch_config.patch(fake_tensor_propagate_real_tensors=True), redirect_stderr(StringIO()):
         program = torch.export.export(
             model, args, kwargs, strict=False, prefer_deferred_runtime_asserts_over_guards=True
         )

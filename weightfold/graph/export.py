@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -141,7 +142,8 @@ def _exported(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves((args, kwargs))):
         args, kwargs = _flattened(twin, args, kwargs), {}
     try:
-        program = torch.export.export(twin, args, kwargs, strict=False)
+        with redirect_stderr(StringIO()):  # where it fails, PyTorch prints all that it had traced
+            program = torch.export.export(twin, args, kwargs, strict=False)
         rewritten = _writes_through_views(program.graph_module) or _is_transformed(program.graph_module)
         return program.run_decompositions({}) if rewritten else program
     except Exception as error:
