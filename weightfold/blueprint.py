@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -68,24 +68,27 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a network was before its first edit, and an example of what it takes.
+    """What a network was before its first edit, an example of what it takes, and real inputs.
 
     Args:
         before: its blueprint then.
         inputs: empty where the example is not a flat list of tensors.
+        probe: batches of inputs that the compressor measures by.
     """
 
     before: Blueprint
     inputs: tuple[Input, ...]
+    probe: tuple[Any, ...] = ()
 
 
 _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 """Beside the networks, not in them: what was compressed stays a plain module, and is forgotten with it."""
 
 
-def remember(model: nn.Module, example: Example) -> None:
+def remember(model: nn.Module, example: Example, probe: Iterable[Any] = ()) -> None:
     """Take down a module before its first edit, so that it can be saved later without being told what it was."""
-    _ORIGINS.setdefault(model, Origin(Blueprint.of(model), describe(example)))
+    known = _ORIGINS.get(model, Origin(Blueprint.of(model), describe(example)))
+    _ORIGINS[model] = replace(known, probe=tuple(probe) or known.probe)
 
 
 def describe(example: Example) -> tuple[Input, ...]:

@@ -179,7 +179,7 @@ class Compressor:
         check_finite(self.model)
         optim.assert_live(self.model, optimizers)
         traced = trace(self.model, self.example)
-        remember(self.model, self.example)
+        remember(self.model, self.example, (inputs for inputs, _ in self.probe))
         touched = touched_groups(traced, self.methods)
         graph = prepared(self.model, self.example, graph=traced, names=touched)
         self._modes = graph.proved.flags or modes_that_run(self.model, self.example)

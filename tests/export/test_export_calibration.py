@@ -176,3 +176,26 @@ def test_the_reason_of_a_refusal_names_what_the_model_has(kind: type[nn.Module],
         export(source, "onnx-int4", tmp_path / "net.onnx")
     assert str(caught.value).endswith("Export it as onnx.")
     assert export(source, "onnx", tmp_path / "net.onnx").size_bytes
+
+
+def test_the_inputs_of_a_compressors_probe_are_calibrated_on(tmp_path: Path) -> None:
+    """A network of one's own that has been folded, at inputs fifty times as large as drawn ones."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    x = 50 * torch.randn(256, 6)
+    probe = [(x[:128], net(x[:128]).detach()), (x[128:], net(x[128:]).detach())]
+    compressor = wf.Compressor(net, x[:2], [wf.Fold(keep=0.5)], loss=nn.functional.mse_loss, probe=probe)
+    compressor.prepare()
+    compressor.once([x])
+    small = compressor.convert().eval()
+    exported = wf.export(small, tmp_path / "net.onnx", target="onnx-int8", prefer="size")
+    assert exported.compared_on == "real inputs"
+    held = 50 * torch.randn(64, 6)
+    with torch.no_grad():
+        wanted = small(held)
+    assert float((wf.load(tmp_path / "net.onnx")(held) - wanted).norm()) < 0.1 * float(wanted.norm())
+    plain = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3))
+    with pytest.raises(ExportError, match="no real inputs"):
+        wf.export(plain, tmp_path / "plain.onnx", x[:2], target="onnx-int8")
+    assert wf.export(plain, tmp_path / "plain.onnx", x[:2], target="onnx-int8", calibration="drawn").size_bytes
+    assert wf.export(plain, tmp_path / "plain.onnx", x[:2], target="onnx-int8", calibration=[x]).size_bytes

@@ -6,9 +6,10 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from weightfold.artifact import Builder, Input, drafting, make_folder
 from weightfold.blueprint import Blueprint, describe, origin_of
@@ -82,8 +83,9 @@ def export_network(
     example: Any = None,
     *,
     target: str | None = None,
-    calibration: Iterable[Any] = (),
+    calibration: Iterable[Any] | Literal["drawn"] = (),
     tolerance: float | None = None,
+    prefer: str | None = None,
 ) -> Exported:
     """Write a network of any class for a runtime, load it back there, and compare; this is `weightfold.export`.
 
@@ -92,8 +94,10 @@ def export_network(
         path: the file, replaced if it exists.
         example: what `weightfold.trace` takes; what a compressor has worked on needs none.
         target: of `weightfold.export.TARGETS`; by default what the name's ending says: .onnx, .pt2, .xml (OpenVINO).
-        calibration: batches of real inputs as the model takes them, for ranges of 8 bits and for the comparison.
+        calibration: batches of real inputs as the model takes them, for ranges of 8 bits and for the comparison; by
+            default the inputs of the probe of the compressor that has worked on it; "drawn" for random numbers.
         tolerance: allowed difference of the outputs; by default the target's own.
+        prefer: for "onnx-int8": "speed", by default, or "size".
     Returns:
         exported: sizes, and how well the outputs agree.
     Raises:
@@ -106,14 +110,15 @@ def export_network(
             f"The ending of '{path}' is that of no target.", remedy=nearest(path.suffix, BY_ENDING) or "Pass target=."
         )
     with _at_rest(model) as plain:
-        batches = [arguments(batch) for batch in calibration]
+        drawn = isinstance(calibration, str)
+        batches = calibration if drawn else [_cpu(arguments(batch)) for batch in calibration]
         source = source_of(plain, example, known=model, calibration=batches)
         if not source.inputs:
             raise ExportError(
                 "What the network takes is not known.",
                 remedy="Pass an example input of tensors: weightfold.export(model, path, example).",
             )
-        return export(source, target or BY_ENDING[path.suffix], path, tolerance=tolerance)
+        return export(source, target or BY_ENDING[path.suffix], path, tolerance=tolerance, prefer=prefer)
 
 
 def source_of(
@@ -133,7 +138,20 @@ def source_of(
     if original is not None:
         before = Blueprint.of(original)
     builder = Builder(kind="instance", name=type(plain).__name__)
+    if not calibration and origin is not None:
+        calibration = [_cpu(arguments(batch)) for batch in origin.probe if _alike(describe(batch), inputs)]
     return Source(plain, inputs, before or Blueprint.of(plain), builder, calibration=calibration)
+
+
+def _alike(batch: tuple[Input, ...], inputs: tuple[Input, ...]) -> bool:
+    """Whether a batch differs from the example in its first size alone: so a file takes it."""
+    return [(item.name, item.shape[1:], item.dtype) for item in batch] == [
+        (item.name, item.shape[1:], item.dtype) for item in inputs
+    ]
+
+
+def _cpu(values: Any) -> Any:
+    return tree_map(lambda value: value.detach().cpu() if isinstance(value, Tensor) else value, values)
 
 
 @contextmanager
