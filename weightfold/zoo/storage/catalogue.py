@@ -352,7 +352,7 @@ _REMEDIES = {
     sqlite3.SQLITE_LOCKED: ("another writer did not end in time", "Wait until it has finished, and try again."),
     sqlite3.SQLITE_READONLY: (
         "it cannot be written",
-        "Check the permissions of the file and of its folder. Reading needs them too, for a log; or copy the zoo.",
+        "Check the permissions of the file and of its folder, or read it as it is: Zoo.open(folder, readonly=True).",
     ),
     sqlite3.SQLITE_CANTOPEN: ("it could not be opened", "Check the permissions of the file and of its folder."),
     sqlite3.SQLITE_NOTADB: ("it is no zoo, or its header is damaged", "Restore a copy of the zoo's folder."),
