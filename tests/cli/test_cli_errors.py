@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 from pathlib import Path
 
@@ -175,3 +176,28 @@ def test_a_changed_model_is_noticed(finished: tuple[Path, Result], cli: Run, tmp
     (out / "model.safetensors").write_bytes(data)
     refused(cli("ledger", "verify", out), "model.safetensors", "head.", "was changed")
     refused(cli("export", out, "--to", "safetensors", "--out", tmp_path / "a.safetensors"), "fingerprint")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_process_is_an_interruption(
+    number: signal.Signals, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightfold.training import run as module
+
+    write, calls = module.write_checkpoint, [0]
+
+    def end(folder: Path, state: dict[str, object]) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            os.kill(os.getpid(), number)
+        write(folder, state)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_checkpoint", end)
+        done = cli("train", *TINY, "--epochs", 1, "--out", tmp_path / "run")
+    assert done.exit_code == 130
+    assert f"by the same command, or: weightfold train --resume {tmp_path / 'run'}" in done.stderr
+    assert signal.getsignal(number) == before
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".") or "lock" in path.name]
+    assert cli("train", *TINY, "--epochs", 1, "--out", tmp_path / "run").exit_code == 0
