@@ -62,7 +62,7 @@ COMMANDS = {
     "export": ("export", "net.safetensors", "--to", "pt2", "--out", "run/net.pt2"),
 }
 N_MODELS = 6
-PAIRS_A_RUN = 0.05
+RUNS_A_PAIR = 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main(runs: int, seed: int, minutes: float, out: Path | None) -> dict[str, An
             kind = list(COMMANDS)[at % len(COMMANDS)]
             notes += disturbed(template, Path(scratch, "cut"), kind, references[kind], chance, totals)
             done[kind] += 1
-            if chance.random() < PAIRS_A_RUN:
+            if at % RUNS_A_PAIR == 0:
                 two_trainers(template, Path(scratch, "pair"), trainers)
     record = {
         "date": datetime.date.today().isoformat(),
