@@ -198,10 +198,11 @@ def meet(store: Store, left: Value, right: Value, how: str) -> Value:
     fields += [_alone(store, a, right, how) for a in rest_l if _lasts(a, right)]
     fields += [_alone(store, b, left, how) for b in rest_r if _lasts(b, left)]
     uniform = left.uniform and right.uniform
+    known = [value.state or value.known is not None for value in (left, right)]
     return Value(
         broadcast_shape((left, right)),
         tuple(fields),
-        state=left.state and right.state,
+        state=all(known) and (left.state or right.state),
         computed=left.state and right.state,
         uniform=uniform,
         zero=uniform and left.zero and right.zero,

@@ -179,9 +179,11 @@ def weight_norm(store: Store, node: torch.fx.Node, v: Value, g: Value, dim: int 
     unit = algebra.meet(
         store, replace(v, name=None, fields=tuple(without_gauge(store, f) for f in v.fields)), norm, "mul"
     )
-    unit = replace(unit, fields=tuple(replace(f, loud=True, curved=True) for f in unit.fields))
-    # both parts have the rows of the weight: it reads and writes as a plain parameter does
-    return replace(algebra.meet(store, unit, g, "mul"), computed=False)
+    weight = algebra.meet(store, unit, g, "mul")
+    # both parts have the rows of the weight: it reads and writes as a plain parameter does; a direction of length zero
+    # is no number
+    fields = tuple(replace(f, loud=True, curved=True) for f in weight.fields)
+    return replace(weight, fields=fields, computed=False)
 
 
 @rule("glu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,16 @@ from weightfold.graph.rules.pointwise import choose
 
 _EXTREME = ("max", "amax", "min", "amin", "norm", "linalg_vector_norm", "median")
 _LINEAR = ("sum", "mean")
+_PLACES = ("argmax", "argmin")
+_PLACED = ("max", "min", "median")
+"""Reductions that return the place of what they find, too."""
+
+
+def _places_used(node: torch.fx.Node) -> bool:
+    """Whether the second result of a node, the places, is looked at."""
+    second = [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
+    whole = any(user.target is not operator.getitem for user in node.users)
+    return isinstance(node.meta["val"], (tuple, list)) and (whole or any(user.users for user in second))
 
 
 @rule("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "norm", "linalg_vector_norm", "logsumexp",
@@ -34,6 +45,10 @@ def reduction(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs:
         dims = frozenset(range(len(x.shape)))
     else:
         dims = frozenset(on(x, d) for d in (dims_arg if isinstance(dims_arg, (list, tuple)) else [dims_arg]))
+    if name in _PLACES or (name in _PLACED and _places_used(node)):
+        for item in x.fields:
+            if item.support & dims:
+                store.forbid(x, item, item.support & dims, FROZEN, f"has its places told by '{name}'")
     bits = NO_MERGE if name == "sum" else NO_MERGE | NO_REMOVE
     result = algebra.reduce(store, x, dims, bits, f"is reduced by '{name}' across the group")
     fields = list(result.fields)
