@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
+from weightfold.errors import TraceError
 from weightfold.graph import algebra, rules
 from weightfold.graph.build import Builder
 from weightfold.graph.copies import flush_caches, meta_tensor, structural_copy
@@ -24,6 +26,7 @@ from weightfold.graph.export import Example, arguments, export_program, quiet
 from weightfold.graph.failures import source_line, user_line
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
+from weightfold.graph.paths import other_mode, without_unrun
 from weightfold.graph.solve import OUTPUT, solve
 
 __all__ = [
@@ -179,7 +182,8 @@ def _seen_by_others(base: torch.fx.Node, step: torch.fx.Node) -> bool:
 def trace(model: nn.Module, example: Example) -> ChannelGraph:
     """Find the channel groups of any module.
 
-    The model, its mode, its buffers and the random state are left alone. Works on `meta` tensors.
+    The model, its mode, its buffers and the random state are left alone. Works on `meta` tensors. Where the forward
+    does other things in the other mode, that is traced too, and an edit has to be right in both.
 
     Args:
         model: any `nn.Module`; parameters may be shared between modules, parametrized, on any device.
@@ -193,18 +197,20 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
         >>> trace(net, torch.zeros(2, 3, 4, 4))["0"].axis("4.weight", 1).index.shape
         torch.Size([8, 4])
     """
-    program = export_program(model, example)
+    programs = _programs(model, example)
     aliases, tensors = canonical_names(model)
     store = Store()
     values = {name: store.seed(name, tensor.shape) for name, tensor in tensors.items()}
     interpreter = Interpreter(store)
-    outputs = interpreter.run(program.graph_module, _inputs(program, aliases, values))
-    interpreter.where.append("")
-    store.node = len(interpreter.where) - 1
-    for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
-        if isinstance(value, Value) and spec.kind == OutputKind.USER_OUTPUT:
-            store.touch(value)
-            store.freeze(value, OUTPUT)
+    for program in programs:
+        outputs = interpreter.run(program.graph_module, _inputs(program, aliases, values))
+        interpreter.constants += [float(n) for n in outputs if isinstance(n, int | float)]
+        interpreter.where.append("")
+        store.node = len(interpreter.where) - 1
+        for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
+            if isinstance(value, Value) and spec.kind == OutputKind.USER_OUTPUT:
+                store.touch(value)
+                store.freeze(value, OUTPUT)
     builder = Builder(solve(store), interpreter.where)
     groups = tuple(builder.channel_groups() + builder.block_groups())
     graph = ChannelGraph(
@@ -213,10 +219,28 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {alias: name for alias, name in aliases.items() if alias != name},
         tuple(interpreter.operators),
-        (*interpreter.constants, *_lifted(program), *(float(n) for n in outputs if isinstance(n, int | float))),
+        (*interpreter.constants, *(number for program in programs for number in _lifted(program))),
     )
     graph.validate()
-    return graph
+    return without_unrun(model, graph, {name for program in programs for name in _used(program, aliases)})
+
+
+def _programs(model: nn.Module, example: Example) -> list[torch.export.ExportedProgram]:
+    """The forward as it is, and in the other mode where it does other things there and can be followed."""
+    programs = [export_program(model, example)]
+    other = other_mode(model, example)
+    if other is not None:
+        with suppress(TraceError):
+            programs.append(export_program(other, example))
+    return programs
+
+
+def _used(program: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> set[str]:
+    """Names of the parameters and buffers that a program looks at."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.users]
+    return {aliases.get(str(named[node.name]), "") for node in nodes if node.name in named}
 
 
 def _lifted(program: torch.export.ExportedProgram) -> list[float]:
