@@ -135,7 +135,7 @@ class Positive(nn.Module):
 NORMED: dict[str, Callable[[], nn.Module]] = {
     "linear, columns": lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), weight_norm(nn.Linear(10, 12), dim=1)),
     "linear, rows": lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), weight_norm(nn.Linear(10, 12), dim=0)),
-    "both layers": lambda: nn.Sequential(weight_norm(nn.Linear(6, 10)), nn.ReLU(), weight_norm(nn.Linear(10, 12), dim=1)),
+    "both": lambda: nn.Sequential(weight_norm(nn.Linear(6, 10)), nn.ReLU(), weight_norm(nn.Linear(10, 12), dim=1)),
     "positive weights": lambda: _parametrized(),
 }  # fmt: skip
 

@@ -189,6 +189,7 @@ class Store:
     touches: list[tuple[int, Tensor]] = field(default_factory=list)
     written: list[tuple[int, Tensor]] = field(default_factory=list)
     taps: dict[tuple[str, int], set[tuple[str, int] | None]] = field(default_factory=dict)
+    reads: dict[tuple[str, int], set[tuple[Any, int]]] = field(default_factory=dict)
     node: int = 0
     _slabs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     _entering: dict[int, dict[str, set[torch.fx.Node]]] = field(default_factory=dict)

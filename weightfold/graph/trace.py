@@ -211,6 +211,7 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
             if isinstance(value, Value) and spec.kind == OutputKind.USER_OUTPUT:
                 store.touch(value)
                 store.freeze(value, OUTPUT)
+    _watch_beside(store)
     builder = Builder(solve(store), interpreter.where)
     groups = tuple(builder.channel_groups() + builder.block_groups())
     graph = ChannelGraph(
@@ -233,6 +234,17 @@ def _programs(model: nn.Module, example: Example) -> list[torch.export.ExportedP
         with suppress(TraceError):
             programs.append(export_program(other, example))
     return programs
+
+
+def _watch_beside(store: Store) -> None:
+    """What a layer of one mode alone reads is observed at a layer of both modes that reads the same."""
+    modes = {key: {node.graph for node, _ in places} for key, places in store.reads.items()}
+    for key, places in store.reads.items():
+        for other in store.reads:
+            same = places <= store.reads[other] and len(modes[key]) < len(modes[other])
+            if same and len(store.taps[other]) == 1 and None not in store.taps[other]:
+                store.taps[key] = store.taps[other]
+                break
 
 
 def _used(program: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> set[str]:

@@ -33,6 +33,7 @@ def tap(store: Store, node: torch.fx.Node, weight: Value, dim: int, x_dim: int, 
     path, places = module_path(node), store.taps.setdefault((weight.name, dim), set())
     seen = weight.name.rpartition(".")[0] == path and is_first_input(store, node, weight, x_at, x_dim)
     places.add((path or "", x_dim) if seen else None)
+    store.reads.setdefault((weight.name, dim), set()).add((node.args[x_at], x_dim))
     users = getattr(node.args[x_at + 1], "users", ())
     if any(user.target is not node.target or module_path(user) != path for user in users):
         places.add(None)
