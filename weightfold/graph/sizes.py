@@ -124,9 +124,15 @@ def _scales_groups(group: ChannelGroup, tensor: str, grouped: Collection[str]) -
 
     The graph tells, not the layer: one that is left with a single channel looks like any other.
     """
-    return any(a.tensor == tensor and a.role == "pointwise" and a.dim == 0 for a in group.axes) or (
-        group.kind == "blocks" and tensor in grouped
-    )
+    rows = [a for a in group.axes if a.dim == 0 and _weight_of(a.tensor) == _weight_of(tensor)]
+    depthwise = bool(rows) and all(a.role == "pointwise" for a in rows)
+    return depthwise or (group.kind == "blocks" and tensor in grouped)
+
+
+def _weight_of(tensor: str) -> str:
+    """What the parts of a normalised or parametrized weight have in common."""
+    head, found, leaf = tensor.rpartition(".")
+    return head if found and leaf.startswith("original") else tensor.removesuffix("_g").removesuffix("_v")
 
 
 def grouped_tensors(graph: ChannelGraph) -> set[str]:
