@@ -199,7 +199,7 @@ def test_taking_the_layer_out_frees_the_channels() -> None:
 def test_a_layer_that_no_forward_names_is_left_over() -> None:
     net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
     net.add_module("3", nn.Identity())
-    net[-1].register_parameter("left_over", nn.Parameter(torch.zeros(12)))
+    net.get_submodule("3").register_parameter("left_over", nn.Parameter(torch.zeros(12)))
     assert trace(net, torch.randn(4, 6))["0"].free
 
 
