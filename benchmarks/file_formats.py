@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import sqlite3
 import zlib
@@ -30,6 +31,7 @@ from weightfold.quant.clustered import KEY as CLUSTERED
 from weightfold.quant.clustered import Layout, cluster, read_clustered, write_clustered
 from weightfold.weights.symmetry import symmetries
 from weightfold.zoo.delta import codec, matching
+from weightfold.zoo.find.index import Index
 from weightfold.zoo.storage import tables
 from weightfold.zoo.storage.catalogue import Catalogue, Content, Model, _summed
 from weightfold.zoo.storage.contents import from_blob, to_blob
@@ -426,3 +428,39 @@ def catalogue_format(folder: Path) -> Format:
         lambda sample: sample,
         lambda cards, _: all(isinstance(json.dumps(c.facts), str) for c in cards),
     )
+
+
+def index_format(folder: Path) -> Format:
+    vectors = np.random.default_rng(0).random((7, 4)).astype(np.float32)
+    index = Index(4)
+    index.add([f"n{i}" for i in range(7)], vectors)
+    index.save(folder / "index.npz")
+    with np.load(folder / "index.npz") as held:
+        parts = {name: held[name] for name in held.files}
+
+    def legal(parts: dict[str, Any]) -> bytes:
+        out = io.BytesIO()
+        np.savez(out, **parts)
+        return out.getvalue()
+
+    def damage(parts: dict[str, Any], rng: Random) -> bytes:
+        parts = dict(parts)
+        name = rng.choice(list(parts))
+        if rng.random() < 0.3:
+            return mutate.octets(legal(parts), rng)
+        if rng.random() < 0.5:
+            data = mutate.octets(parts[name].tobytes(), rng)
+            size = parts[name].itemsize
+            parts[name] = np.frombuffer(data[: len(data) // size * size], parts[name].dtype)
+        else:
+            parts[name] = rng.choice(
+                (np.zeros(0), np.zeros((2, 3), np.int8), parts[name][::-1], np.array(1), np.array(["a"]))
+            )
+        return legal(parts)
+
+    def holds(found: Index, _: bytes) -> bool:
+        near = found.search(np.zeros(found.dim, np.float32), 3)
+        return all(name in found for name, _ in near) and len(found) == len(found.names())
+
+    return Format("zoo index", 1, [parts], damage, through(folder, "index.npz", Index.load),
+                  lambda _, found: len(found) == 7, legal, holds)  # fmt: skip

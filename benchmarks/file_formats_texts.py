@@ -25,6 +25,7 @@ from file_formats import (
     delta_format,
     equal,
     header_format,
+    index_format,
     packed_format,
     saved_format,
     small,
@@ -346,6 +347,7 @@ def all_formats(folder: Path) -> list[Format]:
     found = [
         packed_format(), codes_format(), header_format(), structure_format(), saved_format(folder),
         clustered_format(folder), delta_format(), blob_format(), symmetries_format(), catalogue_format(folder),
+        index_format(folder),
         ledger_format(folder), equations_format(), config_format(folder), card_format(folder), readme_format(),
         table_format(folder), parquet_format(folder), checkpoint_format(folder), program_format(), embedded_format(),
     ]  # fmt: skip

@@ -12,6 +12,8 @@ import pytest
 
 from weightfold.errors import LedgerError
 from weightfold.ledger import Ledger
+from weightfold.ledger.entry import aside_checksum, chain_hash, to_json
+from weightfold.ledger.metric import Metric
 
 
 @pytest.fixture
@@ -144,3 +146,24 @@ def test_what_is_no_export_is_named(tmp_path: Path, content: bytes | None) -> No
     with pytest.raises(LedgerError, match="in\\.jsonl'"):
         Ledger.import_jsonl(source, tmp_path / "copy.ledger")
     assert not (tmp_path / "copy.ledger").exists()
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 70), 10**300])
+@pytest.mark.parametrize("kind", ["entry", "metric"])
+def test_numbers_that_no_column_holds_are_an_error_of_ours(tmp_path: Path, kind: str, number: int) -> None:
+    """Hash and checksum are right: the line was made so."""
+    with Ledger.create(tmp_path / "a.db", {"seed": 0}) as made:
+        made.log_metrics(1, {"loss": 0.5})
+        made.export_jsonl(tmp_path / "a.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["record"] == kind == "entry":
+            record["seq"] = number
+            record["hash"] = chain_hash(number, record["kind"], to_json(record["body"]), record["prev"])
+            record["checksum"] = aside_checksum(number, record["time"], to_json(record["aside"]))
+        if record["record"] == kind == "metric":
+            record |= {"step": number, "checksum": Metric.make(number, record["name"], record["value"]).checksum}
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(LedgerError, match="fit in 64 bits"):
+        Ledger.import_jsonl(tmp_path / "b.jsonl", tmp_path / "b.db")
+    assert not (tmp_path / "b.db").exists()

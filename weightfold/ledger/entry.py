@@ -164,6 +164,8 @@ def check_types(row: Sequence[Any], types: Sequence[type], where: str) -> None:
     if tuple(map(type, row)) != tuple(types):
         held = ", ".join(type(value).__name__ for value in row)
         raise LedgerError(f"{where} was changed: its columns hold {held}.", remedy=RESTORE)
+    if any(type(value) is int and not -(1 << 63) <= value < 1 << 63 for value in row):
+        raise LedgerError(f"{where} was changed: its numbers do not fit in 64 bits.", remedy=RESTORE)
 
 
 def to_json(value: Any) -> str:

@@ -164,6 +164,28 @@ def test_a_damaged_index_is_refused(tmp_path: Path, data: bytes) -> None:
         Index.load(tmp_path / "index.npz")
 
 
+def test_an_index_whose_parts_do_not_fit_is_refused(tmp_path: Path) -> None:
+    index = Index(4)
+    index.add(["a", "b"], np.ones((2, 4), np.float32))
+    index.save(tmp_path / "index.npz")
+    with np.load(tmp_path / "index.npz") as held:
+        parts = {name: held[name] for name in held.files}
+    spoilt = {
+        "vectors": np.full((2, 4), np.nan, np.float32),
+        "ids": np.zeros(3, np.uint8),
+        "gone": np.zeros(3, bool),
+        "starts": np.array([-1, 1]),
+        "facts": np.array([1, 1 << 40, 5, 2, 1]),
+    }
+    for name, value in spoilt.items():
+        np.savez(tmp_path / "index.npz", **{**parts, name: value})
+        with pytest.raises(ArtifactError, match=r"index\.npz"):
+            Index.load(tmp_path / "index.npz")
+    np.savez_compressed(tmp_path / "index.npz", **{**parts, "ids": np.zeros(1 << 22, np.uint8)})
+    with pytest.raises(ArtifactError, match=r"index\.npz"):
+        Index.load(tmp_path / "index.npz")
+
+
 def test_a_full_disk_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = Index(16)
     index.add(["a"], clustered(50)[:1])

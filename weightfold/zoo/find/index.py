@@ -13,6 +13,7 @@ Reference: Sivic & Zisserman 2003 (inverted files); Jégou, Douze & Schmid 2011 
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,7 @@ class Index:
             ArtifactError: the file is none, or damaged.
         """
         try:
+            _check_stored(Path(path))
             with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as held:
                 version, dim, exact, n, probes = (int(v) for v in held["facts"])
                 index = cls(dim, exact=exact)
@@ -246,7 +248,8 @@ class Index:
                 index._centres, index._starts = held["centres"].astype(np.float32), held["starts"].astype(np.int64)
             sound = version == FORMAT and index._vectors.shape == (n, dim) and len(index._ids) == n == len(index._gone)
             sound = sound and index._centres.shape[1:] == (dim,) and len(index._starts) == len(index._centres) + 1
-            if not sound or (np.diff(index._starts) < 0).any() or not 0 <= int(index._starts[-1]) <= n:
+            sound = sound and int(index._starts[0]) == 0 and int(index._starts[-1]) <= n
+            if not sound or (np.diff(index._starts) < 0).any() or not np.isfinite(index._vectors).all():
                 raise ValueError
         except FileNotFoundError:
             raise
@@ -258,6 +261,13 @@ class Index:
         index._squares = np.einsum("nd,nd->n", index._vectors, index._vectors)
         index._places = {name: i for i, name in enumerate(index._ids) if not index._gone[i]}
         return index
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse an archive that is larger unpacked than it is: `np.savez` packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+            raise ValueError
 
 
 def _centres(vectors: Vectors, keep: npt.NDArray[np.int64], n_cells: int) -> Vectors:
