@@ -198,6 +198,48 @@ def image_with_table(m: nn.Module, x: Tensor) -> Tensor:
     return m.read(F.relu(image * m.gain[:, None, None])).mean((2, 3))
 
 
+def half_moved(move: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Half of the channels are moved through time, the others stay."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        a, b = m.one(x[:, None] * m.steps[:, None]).chunk(2, -1)
+        return m.two(torch.cat([move(a), b], -1)).flatten(1)
+
+    return run
+
+
+MOVED = {
+    "roll": lambda a: a.roll(1, 1),
+    "flip": lambda a: a.flip(1),
+    "shift": lambda a: F.pad(a, (0, 0, 1, 0))[:, :-1],
+    "reflection": lambda a: F.pad(a.mT, (1, 0), mode="reflect").mT[:, :-1],
+    "order": lambda a: a.index_select(1, torch.tensor([3, 1, 0, 2])),
+    "slices": lambda a: torch.cat([a[:, 2:], a[:, :2]], 1),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_channels_that_are_moved_through_time_are_not_of_the_kind_of_those_that_stay(name: str) -> None:
+    torch.manual_seed(4)
+    parts = {"one": nn.Linear(5, 8), "two": nn.Linear(8, 3), "steps": torch.arange(1.0, 5.0)}
+    net, x = generic(Net(half_moved(MOVED[name]), **parts)).eval(), torch.randn(3, 5)
+    graph = with_sizes(net, x, trace(net, x))
+    assert sum("permute" in group.admits for group in graph) >= 1
+    assert wrong(net, graph, x) == []
+
+
+@pytest.mark.parametrize(
+    "shuffle", [F.channel_shuffle, lambda x, g: x.unflatten(1, (g, -1)).transpose(1, 2).flatten(1, 2)]
+)
+def test_shuffled_channels_are_removed_only_where_the_shuffle_stays_the_same(shuffle: Callable) -> None:
+    torch.manual_seed(5)
+    layers = {"one": nn.Conv2d(3, 8, 1), "two": nn.Conv2d(8, 2, 1)}
+    net, x = generic(Net(lambda m, x: m.two(F.relu(shuffle(m.one(x), 2))), **layers)).eval(), torch.randn(2, 3, 4, 4)
+    graph = with_sizes(net, x, trace(net, x))
+    assert any("permute" in group.admits for group in graph)
+    assert wrong(net, graph, x) == []
+
+
 BLOCKS = {
     "maxout beside its channels": lambda: Net(maxout_beside, one=nn.Linear(5, 6), two=nn.Linear(9, 3)),
     "norms of heads among channels": lambda: Net(

@@ -17,6 +17,7 @@ from weightfold.graph.rules.core import (
     call,
     in_place,
     node_name,
+    on,
     out_shape,
     shapes_of,
     unknown,
@@ -76,11 +77,43 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
         store.touch(*values)
     else:
         _note_sizes(store, node, values)
+        _touch_places(store, node, args)
     if name in RULES:
         return RULES[name](store, node, *args, **kwargs)
     if torch.Tag.pointwise in tags or name in UNTAGGED:
         return pointwise(store, node, *args, **kwargs)
     return unknown(store, node, *args, **kwargs)
+
+
+ALONG = frozenset({"slice", "narrow", "select", "index_select", "roll", "flip", "unfold", "gather", "rot90"})
+PADDING = frozenset(
+    {"pad", "constant_pad_nd"} | {f"{how}_pad{d}d" for how in ("reflection", "replication") for d in (1, 2, 3)}
+)
+"""Movements along some dimensions only."""
+
+
+def _touch_places(store: Store, node: torch.fx.Node, args: Sequence[Any]) -> None:
+    """A movement through time or space is a step of the computation for channels that lie along other dimensions: those
+    that it moves and those that it leaves are not of one kind."""
+    x, name = args[0] if args else None, node_name(node)
+    if not isinstance(x, Value):
+        return
+    dims = _dims_moved(x, node, name, args)
+    fields = tuple(item for item in x.fields if dims - item.support)
+    if fields:
+        store.touch(replace(x, fields=fields))
+
+
+def _dims_moved(x: Value, node: torch.fx.Node, name: str, args: Sequence[Any]) -> frozenset[int]:
+    """Dimensions along which a movement moves."""
+    if name in PADDING:
+        return frozenset(len(x.shape) - 1 - i // 2 for i, n in enumerate(args[1]) if n)
+    if name not in ALONG or (name == "slice" and out_shape(node) == x.shape):
+        return frozenset()
+    at = 2 if name == "roll" else 1
+    given = node.kwargs.get("dims", node.kwargs.get("dim", args[at] if len(args) > at else 0))
+    dims = given if isinstance(given, (list, tuple)) else [given]
+    return frozenset(on(x, d) for d in dims if type(d) is int)
 
 
 def _note_sizes(store: Store, node: torch.fx.Node, values: Sequence[Value]) -> None:

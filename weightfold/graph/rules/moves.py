@@ -123,7 +123,7 @@ def split(store: Store, node: torch.fx.Node, x: Value, sizes: Any, dim: int = 0)
     return parts
 
 
-@rule("repeat", "tile", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
+@rule("repeat", "tile", "flip", "pixel_shuffle", "pixel_unshuffle",
       "repeat_interleave", "rot90", "diagonal", move=True)  # fmt: skip
 def execute(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Run any movement on the fully expanded labels; data-dependent indices must not touch labelled dimensions."""
@@ -135,6 +135,15 @@ def execute(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: A
     ):
         return expand(store, node, x)
     return algebra.moved(store, x, shape, lambda array: call(node, array, *args, **kwargs))
+
+
+@rule("channel_shuffle", "native_channel_shuffle", move=True)
+def channel_shuffle(store: Store, node: torch.fx.Node, x: Value, groups: int) -> Value:
+    """Channels as a table of groups, turned round."""
+    rest = x.shape[2:]
+    table = algebra.reshape(store, x, (x.shape[0], groups, x.shape[1] // groups, *rest))
+    turned = algebra.permute(table, (0, 2, 1, *range(3, 3 + len(rest))))
+    return algebra.reshape(store, turned, x.shape)
 
 
 @rule("as_strided", move=True)
