@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,40 @@ def layout(group: ChannelGroup, axis: Axis, edit: Edit) -> Layout:
         torch.cat([copy, torch.zeros_like(rest)]),
         torch.cat([at, rest]),
     ])  # fmt: skip
+    if edit.resizes and group.block is not None and not rest.numel() and _by_turns(index, group.block):
+        keys = _turns(index, group.block, group.block[edit.carry], place, k, at)
     order = _lexsort(keys)
     return Layout(source[order], torch.cat([k, none])[order], torch.cat([m, none])[order])
+
+
+def _by_turns(index: Tensor, block: Tensor) -> bool:
+    """Whether an axis holds the first channel of every block, then the second of every block, and so on (channels that
+    were shuffled): then that is how it is laid out when blocks shrink or grow."""
+    k, m = (index >= 0).nonzero(as_tuple=True)
+    at = index[k, m]
+    lines = [index[block == b] for b in torch.unique(block)]
+    ends = sorted((int(line[line >= 0].min()), int(line.max())) for line in lines if bool((line >= 0).any()))
+    if all(last < first for (_, last), (first, _) in itertools.pairwise(ends)):
+        return False
+    order = _lexsort(_turns(index, block, block, torch.arange(index.shape[0]), k, at))
+    return torch.equal(at[order], torch.arange(at.numel()))
+
+
+def _turns(index: Tensor, block: Tensor, of: Tensor, place: Tensor, k: Tensor, at: Tensor) -> Tensor:
+    """Sorting keys of the positions ``at`` of new channels ``k``: number in the block, the block, the position.
+
+    Args:
+        index: positions before.
+        block: the block of each channel before.
+        of: the block of each new channel.
+        place: the old channel in whose place each new channel stands.
+    """
+    rank, first = torch.zeros_like(place), torch.zeros_like(place)
+    for b in torch.unique(of):
+        mine, line = (of == b).nonzero().flatten(), index[block == b]
+        rank[mine[torch.argsort(place[mine], stable=True)]] = torch.arange(mine.numel())
+        first[mine] = line[line >= 0].min() if bool((line >= 0).any()) else 0
+    return torch.stack([rank[k], first[k], at])
 
 
 def _run_starts(index: Tensor, size: int) -> Tensor:
