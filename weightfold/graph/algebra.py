@@ -51,11 +51,11 @@ def _check_varying(
     """
     for item in value.fields:
         bad = frozenset(d for d in item.support if other.varies(d) and d not in covered)
-        if bad and not _alike_for_all(item, other.copies):
+        if bad and not alike_for_all(item, other.copies):
             store.forbid(value, item, bad, FROZEN, FIXED, gauge=not bad & ends)
 
 
-def _alike_for_all(item: Field, copies: Tensor | None) -> bool:
+def alike_for_all(item: Field, copies: Tensor | None) -> bool:
     """Whether every channel of a field meets the same numbers, in the same order (a mask that all heads share)."""
     if copies is None or copies.ndim != item.labels.ndim:
         return False

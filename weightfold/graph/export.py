@@ -28,7 +28,9 @@ from weightfold.graph.failures import explain, failing_hook, is_branch
 from weightfold.graph.hooks import Hook, changes_nothing, numbers_of, take_off, undisturbed
 from weightfold.graph.standins import traceable
 
-PARTIAL_WRITES = frozenset({"copy", "add", "sub", "mul", "div", "addcmul", "lerp", "masked_fill", "where"})
+PARTIAL_WRITES = frozenset({"copy", "add", "sub", "mul", "div", "addcmul", "lerp", "masked_fill", "where", "fill",
+                            "zero", "index_put", "index_add", "index_copy", "scatter", "scatter_add", "index_fill",
+                            "masked_scatter"})  # fmt: skip
 """Operators whose in-place form, on a view, changes a part of a tensor by what another tensor holds."""
 
 Example = Any

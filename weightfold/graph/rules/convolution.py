@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from weightfold.graph import algebra
-from weightfold.graph.labels import FROZEN, Field, Store, Value, compress
-from weightfold.graph.rules.core import out_shape, rule, unknown
+from weightfold.graph.labels import FROZEN, NO_MERGE, NO_REMOVE, Field, Store, Value, compress
+from weightfold.graph.rules.core import out_shape, rule
 from weightfold.graph.rules.products import plus_bias, tap
 
 WINDOW = "is the window of a kernel"
@@ -61,7 +61,7 @@ def _depthwise(store: Store, x: Value, weight: Value, groups: int) -> Value:
     """Every output channel looks at one input channel: pointwise, up to a multiplier."""
     rows = _field(weight, 0)
     if rows is None:
-        return Value((x.shape[0], weight.shape[0]))
+        return _fixed_kernel(store, x, weight)
     grid = rows.map(lambda a: a.reshape(1, groups, -1))
     kernel = Value((1, groups, weight.shape[0] // groups), (grid,), state=weight.state)
     left = replace(x, shape=(*x.shape, 1), fields=tuple(f.map(lambda a: a.unsqueeze(2)) for f in x.fields))
@@ -78,33 +78,50 @@ def _depthwise(store: Store, x: Value, weight: Value, groups: int) -> Value:
     return Value((x.shape[0], n), tuple(fields))
 
 
-def _inner(store: Store, weight: Value, name: str | None, groups: int) -> list[Field]:
-    """What each group reads: a parameter's columns have a meaning per group; computed ones are shared by all groups."""
+def _fixed_kernel(store: Store, x: Value, weight: Value) -> Value:
+    """A depthwise kernel that is no parameter (a blur): all channels alike may pass, but their number is its own."""
+    alike = weight.uniform and x.shape[1] == weight.shape[0]
+    for item in x.fields:
+        for bit in (NO_REMOVE, NO_MERGE) if alike else (FROZEN,):
+            store.forbid(x, item, item.support, bit, "is read by a fixed kernel, one channel each")
+    return Value((x.shape[0], weight.shape[0]), x.fields if alike else ())
+
+
+def _slab(store: Store, weight: Value, name: str | None, groups: int, transposed: bool) -> list[Field]:
+    """The side of a kernel that has a meaning per group: of a parameter; if it is computed, all groups share it."""
     columns = _field(weight, 1)
+    shape = (1, groups, -1, 1) if transposed else (1, groups, 1, -1)
     if name is None:
-        return [] if columns is None else [columns.map(lambda a: a.reshape(1, 1, 1, -1))]
+        shared = (1, 1, -1, 1) if transposed else (1, 1, 1, -1)
+        return [] if columns is None else [columns.map(lambda a: a.reshape(shared))]
     if columns is not None:
         store.flag(columns.labels, FROZEN, "is read in slabs, one per group of the convolution")
         store.kill(columns)
-    slab = store.slab(name, 1, groups, weight.shape[1]).reshape(1, groups, 1, -1)
+    slab = store.slab(name, 1, groups, weight.shape[1]).reshape(shape)
     return [Field(slab, slab, slab)]
 
 
-def _grouped(store: Store, x: Value, weight: Value, name: str | None, groups: int) -> Value:
-    """Each group of output channels reads its own group of input channels: the groups are blocks."""
-    n_out, n_in = weight.shape[0] // groups, weight.shape[1]
+def _grouped(store: Store, x: Value, weight: Value, name: str | None, groups: int, transposed: bool) -> Value:
+    """Each group of output channels reads its own group of input channels: the groups are blocks.
+
+    A kernel (O, I / groups), or (I, O / groups) if it is transposed: its rows are told apart by themselves, its columns
+    once for every group.
+    """
+    per_group, n_columns = weight.shape[0] // groups, weight.shape[1]
+    n_out, n_in = (n_columns, per_group) if transposed else (per_group, n_columns)
     blocks = store.fresh_blocks(groups).reshape(1, groups, 1, 1)
     none = torch.zeros_like(blocks)
     block = Field(blocks, none, none, 1)
     store.used.append(blocks.flatten())
-    rows = _field(weight, 0)
-    kernel_fields = [block]
+    rows, slab = _field(weight, 0), _slab(store, weight, name, groups, transposed)
+    kernel_fields = [block, *slab]
     if rows is not None:
-        rows = rows.map(lambda a: a.reshape(1, groups, n_out, 1))
-        kernel_fields.append(rows)
-        store.members.append(tuple(torch.broadcast_tensors(rows.labels, blocks)))
-        store.rect(rows.labels.reshape(groups, n_out))
-    kernel_fields += _inner(store, weight, name, groups)
+        rows = rows.map(lambda a: a.reshape((1, groups, 1, n_in) if transposed else (1, groups, n_out, 1)))
+        kernel_fields.insert(1, rows)
+    writers = slab if transposed else [rows] if rows is not None else []
+    for item in writers:
+        store.members.append(tuple(torch.broadcast_tensors(item.labels, blocks)))
+        store.rect(item.labels.expand(1, groups, n_out, 1).reshape(groups, n_out))
     kernel = Value((1, groups, n_out, n_in), tuple(kernel_fields), state=True)
     fields = []
     for item in x.fields:
@@ -139,11 +156,10 @@ def _convolve(
         out = _plain(store, flat, algebra.permute(kernel, (1, 0)) if transposed else kernel)
     elif kernel.shape[1] == 1 and (not transposed or kernel.shape[0] == groups):
         out = _depthwise(store, flat, kernel, groups)
-    elif not transposed:
-        tap(store, node, weight, 1, 1 - unbatched)
-        out = _grouped(store, flat, kernel, weight.name, groups)
     else:
-        return unknown(store, node, x, weight, bias)
+        if not transposed:
+            tap(store, node, weight, 1, 1 - unbatched)
+        out = _grouped(store, flat, kernel, weight.name, groups, transposed)
     out = plus_bias(store, out, bias)
     shape = out_shape(node)
     pad = len(shape) - 2 + unbatched

@@ -26,7 +26,8 @@ from weightfold.graph.rules.core import (
 from weightfold.graph.rules.pointwise import pointwise
 
 CONSTANTS = {"zeros": 0, "ones": 1, "full": 1, "zeros_like": 0, "ones_like": 1, "full_like": 1, "new_zeros": 0,
-             "new_ones": 1, "new_full": 1, "scalar_tensor": 1}  # fmt: skip
+             "new_ones": 1, "new_full": 1, "empty": 1, "empty_like": 1, "new_empty": 1, "empty_strided": 1,
+             "scalar_tensor": 1}  # fmt: skip
 
 
 UNTAGGED = frozenset({
@@ -66,6 +67,8 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
     values = values_in(list(args) + list(kwargs.values()))
     if name in CONSTANTS:
         return Value(out_shape(node), uniform=True, zero=CONSTANTS[name] == 0, known=_filled(node, name, args, kwargs))
+    if name in ("fill", "zero"):
+        return RULES[name](store, node, *args, **kwargs)
     if name == "_assert_tensor_metadata":
         return None
     tags = getattr(node.target, "tags", ())

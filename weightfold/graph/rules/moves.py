@@ -11,7 +11,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from weightfold.graph import algebra
-from weightfold.graph.labels import FOREIGN, FROZEN, UNIFORM, ZERO, Field, Store, Value, compress, kept
+from weightfold.graph.labels import (
+    FOREIGN,
+    FROZEN,
+    NO_MERGE,
+    NO_REMOVE,
+    UNIFORM,
+    ZERO,
+    Field,
+    Store,
+    Value,
+    compress,
+    kept,
+)
 from weightfold.graph.rules.core import call, node_name, on, out_shape, rule, unknown, values_in
 
 
@@ -158,7 +170,7 @@ def as_strided(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs
     return algebra.moved(store, x, out_shape(node), windows)
 
 
-@rule("index", "gather", "take_along_dim", "_unsafe_index", "index_copy", move=True)
+@rule("index", "gather", "take_along_dim", "_unsafe_index", move=True)
 def indexed(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Indexing: labels move along indices that are known, and elsewhere pass where the indices make no difference."""
     shape = out_shape(node)
@@ -244,6 +256,10 @@ def scatter(store: Store, node: torch.fx.Node, x: Value, part: Value, dim: int =
         start, end, step = slice(start, end, step).indices(n)
         if step != 1:
             return unknown(store, node, x, part)
+    if not any(d in item.support for item in part.fields):
+        for item in x.fields:
+            for bit in (NO_REMOVE, NO_MERGE) if d in item.support else ():
+                store.forbid(x, item, frozenset({d}), bit, "is overwritten at fixed positions across the group")
     parts = [_stretch(store, x, d, 0, start), part, _stretch(store, x, d, end, n)]
     return cat(store, node, [p for p in parts if p.shape[d]], d)
 
