@@ -8,7 +8,17 @@ from typing import Any
 import torch
 
 from weightfold.graph import algebra
-from weightfold.graph.labels import FROZEN, NO_MERGE, NO_REMOVE, Field, Store, Value, compress
+from weightfold.graph.labels import (
+    FROZEN,
+    NO_MERGE,
+    NO_MERGE_IN,
+    NO_REMOVE,
+    NO_REMOVE_IN,
+    Field,
+    Store,
+    Value,
+    compress,
+)
 from weightfold.graph.rules.core import out_shape, rule
 from weightfold.graph.rules.products import plus_bias, tap
 
@@ -118,6 +128,14 @@ def _grouped(store: Store, x: Value, weight: Value, name: str | None, groups: in
     if rows is not None:
         rows = rows.map(lambda a: a.reshape((1, groups, 1, n_in) if transposed else (1, groups, n_out, 1)))
         kernel_fields.insert(1, rows)
+    outer, inner = (slab, [rows]) if transposed else ([rows], slab)
+    for n, side in ((n_out, outer), (n_in, inner)):
+        for item in (f for f in side if f is not None and n == 1):
+            for bit in (NO_REMOVE_IN, NO_MERGE_IN):
+                store.flag(item.labels, bit, "is alone in its group of a convolution: edit the groups as wholes")
+    if transposed:
+        for bit in (NO_MERGE, NO_REMOVE) if n_in == 1 else (NO_MERGE,):
+            store.flag(blocks, bit, "lies in the groups of a transposed convolution")
     writers = slab if transposed else [rows] if rows is not None else []
     for item in writers:
         store.members.append(tuple(torch.broadcast_tensors(item.labels, blocks)))

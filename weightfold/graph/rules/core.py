@@ -114,6 +114,12 @@ def module_path(node: torch.fx.Node) -> str | None:
     return list(stack.values())[-1][0] if stack else None
 
 
+def module_class(node: torch.fx.Node) -> str:
+    """Class of the innermost module that the node belongs to."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][1]) if stack else ""
+
+
 def shapes_of(node: torch.fx.Node) -> Any:
     """Values without labels, for every tensor a node returns."""
 
@@ -128,8 +134,14 @@ def shapes_of(node: torch.fx.Node) -> Any:
 def unknown(store: Store, node: torch.fx.Node, *args: Any, **kwargs: Any) -> Any:
     """Freeze everything that meets an operator without a rule. What it makes of parameters alone is still theirs."""
     values = values_in([*args, *kwargs.values()])
+    name = node.target if isinstance(node.target, torch._ops.OpOverload) else node_name(node)
+    path = module_path(node)
+    inside = f" in '{path}'" if path else ""
+    text = (
+        f"meets the operator '{name}'{inside}, which has no rule; "
+        "write it as products, sums and elementwise operators instead, to edit what is before it"
+    )
     for value in values:
-        name = node.target if isinstance(node.target, torch._ops.OpOverload) else node_name(node)
-        store.freeze(value, f"meets the operator '{name}', which has no rule")
+        store.freeze(value, text)
     state = bool(values) and all(v.state for v in values)
     return pytree.tree_map_only(Value, lambda v: replace(v, state=state, computed=state), shapes_of(node))

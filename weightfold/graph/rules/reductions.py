@@ -12,10 +12,21 @@ import torch
 
 from weightfold.graph import algebra
 from weightfold.graph.labels import FROZEN, NO_MERGE, NO_REMOVE, OFFSET, Field, Store, Value
-from weightfold.graph.rules.core import NORMALISED, RULES, node_name, on, out_shape, rule, values_in, without_gauge
+from weightfold.graph.rules.core import (
+    NORMALISED,
+    RULES,
+    module_class,
+    node_name,
+    on,
+    out_shape,
+    rule,
+    values_in,
+    without_gauge,
+)
 from weightfold.graph.rules.pointwise import choose
 
-_EXTREME = ("max", "amax", "min", "amin", "norm", "linalg_vector_norm", "median")
+_NORMS = ("norm", "linalg_vector_norm", "linalg_norm")
+_EXTREME = ("max", "amax", "min", "amin", "median", *_NORMS)
 _LINEAR = ("sum", "mean")
 _PLACES = ("argmax", "argmin")
 _PLACED = ("max", "min", "median")
@@ -30,14 +41,14 @@ def _places_used(node: torch.fx.Node) -> bool:
 
 
 @rule("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "norm", "linalg_vector_norm", "logsumexp",
-      "prod", "any", "all", "argmax", "argmin", "median", "std_mean")  # fmt: skip
+      "linalg_norm", "prod", "any", "all", "argmax", "argmin", "median", "std_mean")  # fmt: skip
 def reduction(store: Store, node: torch.fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
     name = node_name(node)
     if name in ("max", "min") and args and isinstance(args[0], Value):
         return choose(store, node, x, *args)
     val = node.meta["val"]
     shape = tuple(val[0].shape) if isinstance(val, (tuple, list)) else tuple(val.shape)
-    position = 1 if name in ("norm", "linalg_vector_norm") else 0
+    position = 1 if name in _NORMS else 0
     dims_arg = args[position] if len(args) > position else kwargs.get("dim")
     if isinstance(dims_arg, bool):
         dims_arg = None
@@ -162,7 +173,16 @@ def group_norm(
     grid = algebra.reduce(store, grid, dims, NO_MERGE | NO_REMOVE, NORMALISED, keep=True)
     if 1 < groups < channels:
         algebra.mark_used(store, grid, dims)
+        if "GroupNorm" not in module_class(node):
+            _number_of_groups(store, grid)
     return _affine(store, algebra.reshape(store, grid, x.shape), 1, weight, bias)
+
+
+def _number_of_groups(store: Store, grid: Value) -> None:
+    """Only a `GroupNorm` module can be told that it has fewer groups; a number in the forward stays."""
+    for item in grid.blocks():
+        for bit in (NO_REMOVE, NO_MERGE):
+            store.flag(item.labels, bit, "is normalised in a number of groups that the forward writes down")
 
 
 def _idle(x: Value, n: int, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> frozenset[int]:
@@ -187,7 +207,7 @@ def _spatial(store: Store, x: Value, n: int, name: str, idle: frozenset[int] = f
     fields = []
     for item in x.fields:
         if item.support & dims:
-            store.forbid(x, item, item.support & dims, FROZEN, f"varies over space under '{name}'")
+            store.forbid(x, item, item.support & dims, FROZEN, f"is mixed with its neighbours by '{name}'")
         else:
             fields.append(item)
     return tuple(fields)
@@ -214,6 +234,15 @@ for _d in (1, 2, 3):
 for _name in ("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
               "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"):  # fmt: skip
     RULES[_name] = pool
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(store: Store, node: torch.fx.Node, x: Value, places: Value, *_: Any) -> Value:
+    """Each channel's values go where its own maxima were."""
+    n = int(node_name(node)[-2])
+    where = Value(places.shape, tuple(f.without_gauge() for f in _spatial(store, places, n, "max_unpool")))
+    values = replace(x, fields=_spatial(store, x, n, "max_unpool"))
+    return Value(out_shape(node), algebra.meet(store, values, where, "mul").fields)
 
 
 @rule("__interpolate", "grid_sampler", "affine_grid_generator")
