@@ -97,7 +97,7 @@ SEQUENCES: dict[str, tuple[Function, set[str]]] = {
     "fft": (lambda h, x: torch.fft.irfft(torch.fft.rfft(h, dim=1) * 0.5, n=5, dim=1), SCALE),
     "trapezoid": (lambda h, x: torch.trapezoid(h, dim=1), SCALE),
     "quantile": (lambda h, x: h.quantile(0.5, 1), FOLD),
-    "tensordot": (lambda h, x: torch.tensordot(x.mean((0, 2)), h, dims=([0], [1])), SCALE),
+    "tensordot": (lambda h, x: torch.tensordot(x.mean((0, 2)), h, dims=([0], [1])), SCALE),  # pyright: ignore
     "cosine over time": (lambda h, x: h * F.cosine_similarity(h, h.flip(1), dim=1)[:, None], FOLD),
     "cosine over channels": (lambda h, x: h * F.cosine_similarity(h, h.roll(1, 1), dim=-1)[..., None], MIX),
     "pairwise_distance": (lambda h, x: h * F.pairwise_distance(h, h.roll(1, 1))[..., None], MIX),
@@ -107,7 +107,7 @@ SEQUENCES: dict[str, tuple[Function, set[str]]] = {
     "complex": (lambda h, x: torch.complex(h, h).abs(), SCALE),
 }
 IMAGES: dict[str, tuple[Function, set[str]]] = {
-    "max_unpool": (lambda h, x: F.max_unpool2d(*F.max_pool2d_with_indices(h, 2), 2), SCALE),
+    "max_unpool": (lambda h, x: F.max_unpool2d(*F.max_pool2d_with_indices(h, [2, 2]), [2, 2]), SCALE),
     "group norm written down": (lambda h, x: F.group_norm(h, 2), MIX),
 }
 
