@@ -168,7 +168,7 @@ class Surgeon:
             raise EditError("There is no edit to undo.")
         last = self.applied.pop()
         assert last.undo is not None
-        self._forget_newer_state(last.undo)
+        self._forget_newer_state(last.undo, all_new=True)
         last.undo.restore()
         self.graph, self.origin = last.graph, last.origin
         optim.assert_live(self.model, self.optimizers)
@@ -181,22 +181,27 @@ class Surgeon:
         for _ in range(n_edits):
             last = self.applied.pop()
             assert last.undo is not None
-            self._forget_newer_state(last.undo)
+            self._forget_newer_state(last.undo, all_new=False)
             unfold_undo(last.graph, last.edit, last.undo, (*self.optimizers, *self.own))
             self.graph, self.origin = last.graph, last.origin
             edits.append(last.edit)
         self.journal.append(n_edits)
         return edits
 
-    def _forget_newer_state(self, undo: Undo) -> None:
-        """Where optimisers had no state at the edit, what they have gathered since does not fit what comes back."""
+    def _forget_newer_state(self, undo: Undo, *, all_new: bool) -> None:
+        """Where optimisers had no state at the edit, what they have gathered since does not fit what comes back.
+
+        Args:
+            all_new: of every tensor that had none; else where none had, and of followers: the rest is unfolded.
+        """
         model, tensors = undo.by_module()[0]
         if model is not self.model:
             return
         held = {(id(optimizer), name) for optimizer, _, name, _ in undo.optimizer}
         for optimizer in (*self.optimizers, *self.own):
             for name in tensors:
-                if not held or (name in self.graph.followers and (id(optimizer), name) not in held):
+                unheld = (id(optimizer), name) not in held
+                if not held or (unheld and (all_new or name in self.graph.followers)):
                     optimizer.state.pop(find_tensor(model, name)[2], None)
 
     def obey(self, journal: Sequence[Edit | int]) -> None:
