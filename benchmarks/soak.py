@@ -120,9 +120,6 @@ class Soak:
     def __post_init__(self) -> None:
         torch.manual_seed(int(self.draw(1, 2**31)))
         self.model = NETS[self.name]().double()
-        kind: Any = torch.optim.SGD if self.name == "convolutions" else torch.optim.Adam
-        settings = {"lr": 1e-3, "momentum": 0.9} if kind is torch.optim.SGD else {"lr": 1e-3}
-        self.make = lambda model: kind(model.parameters(), **settings)
         self.optimizer = self.make(self.model)
         self.x = torch.randn(6, 3, 5, 5, generator=self.generator, dtype=torch.float64)
         self.hands = Surgeon(self.model, prepared(self.model, self.x[:2]))
@@ -130,6 +127,11 @@ class Soak:
         self.hands.attach([self.optimizer], [self.average])
         self.standing: list[Standing] = []
         self.told = sizes(self.model)
+
+    def make(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.name == "convolutions":
+            return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        return torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def draw(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=self.generator))

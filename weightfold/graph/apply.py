@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -407,11 +408,30 @@ def _renumbered(
         for axis, table, plan in zip(other.axes, tables, moves, strict=True)
     ]
     gauges = tuple(_gauge_followed(gauge, other, rows, moves) for gauge in other.gauges)
-    moved = replace(other, n_channels=len(rows), axes=tuple(axes), block=_blocks_after(other, rows), gauges=gauges)
+    moved = replace(
+        other,
+        n_channels=len(rows),
+        axes=tuple(axes),
+        block=_blocks_after(other, rows),
+        gauges=gauges,
+        attributes=_attributes_followed(other, group, edit, len(rows)),
+    )
     copied = len({c for c, _ in rows}) < len(rows)
     if copied and any(plan is None for plan in moves):
         return moved.without(set(EDITS), "has a part outside of blocks that were copied: trace the model again")
     return moved
+
+
+def _attributes_followed(
+    other: ChannelGroup, group: ChannelGroup, edit: Edit, n_after: int
+) -> tuple[tuple[str, str, Fraction], ...]:
+    """Another group's attributes keep their value where the edited group does not set them: their factor follows."""
+    mine = {(path, name): factor for path, name, factor in group.attributes}
+    out = []
+    for path, name, factor in other.attributes:
+        value = edit.n_after * mine[path, name] if (path, name) in mine else other.n_channels * factor
+        out.append((path, name, Fraction(value) / n_after))
+    return tuple(out)
 
 
 def _in_order(group: ChannelGroup, index: Tensor) -> Tensor:
@@ -455,7 +475,7 @@ def _followed(index: Tensor, plan: Layout, size: int, rows: Rows) -> Tensor:
     A channel that stays one takes all copies of its positions; a copy takes those in its own block.
     """
     if torch.unique(plan.source).numel() == plan.size and all(k < 0 for _, k in rows):
-        return _moved_index(index, plan, size)
+        return _moved_index(index, plan, size)[[c for c, _ in rows]]
     owner, slot = (torch.full((size + 1,), -1) for _ in range(2))
     have = index >= 0
     owner[index[have]] = torch.arange(index.shape[0])[:, None].expand_as(index)[have]
