@@ -208,6 +208,23 @@ class Unequal(Trunk):
         return self.extra(x) if more else self.b(self.hidden(x))
 
 
+class Pair(nn.Module):
+    """Two blocks of one kind, of which the network runs the extra layer of the second alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Flagged(), Flagged()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.one(x), self.two(x, more=True)
+
+
+def test_which_of_like_blocks_runs_a_layer_is_the_network_s_own_choice() -> None:
+    graph = trace(Pair(), torch.randn(4, 6))
+    assert graph["one.a"].free
+    assert graph["two.a"].free
+
+
 def test_a_layer_of_other_widths_stands_in_no_way() -> None:
     assert trace(Unequal(nn.Linear(7, 5)), torch.randn(4, 6))["a"].free
 

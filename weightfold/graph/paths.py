@@ -183,7 +183,14 @@ def _unrun(model: nn.Module, graph: ChannelGraph, used: Collection[str]) -> dict
         if path and names and not live.intersection(names) and not any(_inside(path, other) for other in idle):
             idle.append(path)
     owners = {path: _namer(model, path) for path in idle}
-    return {path: owner for path, owner in owners.items() if owner is not None}
+    return {p: owner for p, owner in owners.items() if owner is not None and not _runs_in_a_twin(model, p, owner, live)}
+
+
+def _runs_in_a_twin(model: nn.Module, path: str, owner: str, live: Collection[str]) -> bool:
+    """Whether the layer of that name runs in another module of the owner's class: the network itself says in which."""
+    kind, leaf = type(model.get_submodule(owner)), path[len(owner) :].lstrip(".")
+    twins = [other for other, module in model.named_modules() if type(module) is kind and other != owner]
+    return any(name.startswith(f"{other}.{leaf}.".lstrip(".")) for other in twins for name in live)
 
 
 def _namer(model: nn.Module, path: str) -> str | None:
