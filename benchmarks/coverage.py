@@ -2,10 +2,10 @@
 
     python benchmarks/coverage.py [--workers 2] [--only PART] [--out FILE [--resume]] [--torch-pruning FILE]
 
-For every architecture of `architectures.py` (random weights, float64 throughout): trace, find the attributes that must
-follow a size, then on every group every exactness check that its admitted edits allow: random permutation, rescale,
-sign; removal of planted silent and unread channels; merging of planted duplicates; splitting. An edit is wrong when the
-output's relative error exceeds 1e-9, or when anything is raised.
+For every architecture of `architectures.py` (random weights): trace and prove, as `Compressor.prepare` does, then in
+float64 on every group every exactness check that its admitted edits allow: random permutation, rescale, sign; removal of
+planted silent and unread channels; merging of planted duplicates; splitting. An edit is wrong when an output's relative
+error exceeds 1e-9, or when anything is raised. "withdrawn" counts what the rules had admitted and the proof refuted.
 
 An architecture meets the goal when every output channel of its linear, convolutional and recurrent layers can be edited
 (alone or as part of a head), apart from those that reach the model's output or are not used, every attention layer with
@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +41,7 @@ def check_one(name: str) -> dict[str, Any]:
 
     from weightfold.errors import WeightfoldError
     from weightfold.graph import exactness
-    from weightfold.graph.resize import with_sizes
+    from weightfold.graph.proof import prepared
     from weightfold.graph.trace import trace
 
     architecture = by_name(name)
@@ -54,9 +55,10 @@ def check_one(name: str) -> dict[str, Any]:
     except WeightfoldError as error:
         return {**row, "traced": False, "error": error.message[:300]}
     row["trace_s"] = round(time.perf_counter() - started, 3)
-    started = time.perf_counter()
-    graph = with_sizes(model, example, graph)
-    row["sizes_s"] = round(time.perf_counter() - started, 3)
+    graph = prepared(model, example, graph=graph)
+    row["prepare_s"] = round(time.perf_counter() - started, 3)
+    row["proved"] = without_folders(str(graph.proved))
+    row["withdrawn"] = [without_folders(reason)[:240] for _, _, reason in graph.proved.withdrawn]
     row |= {"traced": True, **free_channels(model, graph)}
     model = model.double()
     doubled = _double(example)
@@ -211,6 +213,9 @@ def summary(rows: list[dict[str, Any]], torch_pruning: Path | None) -> dict[str,
         "architectures": len(rows),
         "traced": len(traced),
         "wrong_edits": sum(r["wrong"] for r in traced),
+        "withdrawn": sum(len(r["withdrawn"]) for r in traced),
+        "proved": sum(r["proved"].startswith("not") is False for r in traced),
+        "prepare_over_trace": round(median(r["prepare_s"] / r["trace_s"] for r in traced), 2) if traced else None,
         "free_share": round(free / max(total, 1), 5),
         "goal_met": sum(bool(r.get("goal")) for r in rows),
         "impossible_by_design": sum(bool(r.get("by_design")) for r in rows),
@@ -237,7 +242,7 @@ def line(row: dict[str, Any]) -> str:
     found = "; ".join([*row["locked"][:1], *(f"no heads: {h}" for h in row["headless"][:1])])
     why = row["by_design"] or found
     return (
-        f"{row['name']:32s} {mark} trace {row['trace_s']:5.2f} s  sizes {row['sizes_s']:5.1f} s "
+        f"{row['name']:32s} {mark} trace {row['trace_s']:5.2f} s  prepare {row['prepare_s']:5.1f} s "
         f" groups {row['groups']:3d}  free {row['free']:6d}  locked {row['n_locked']:4d}  heads {row['heads']:3d} "
         f" removable {row['removable_groups']:3d}  checks {row['checks']:4d}  wrong {row['wrong']:2d}  {why[:100]}"
     )

@@ -38,6 +38,7 @@ from weightfold.graph.twin import Limits, copy_within
 
 Attribute = tuple[str, str, Fraction]
 REMEDY = "Derive the size from the tensor (-1, x.shape) or from an attribute of the module."
+BOTH_ENDS = (LAST, FIRST)
 MAX_TRIALS = 48
 """Trials per kind of group before giving up."""
 
@@ -110,10 +111,10 @@ class Sizer:
             key = kind_of(self.model, graph[name])
             kinds.setdefault(key, []).append(name)
             if key not in solved:
-                solved[key] = self._solve(graph, name)
+                solved[key] = self._solve(graph, name, (LAST,))
         graph = _with_outcomes(graph, kinds, solved)
         good = [name for key, some in kinds.items() if solved[key].attributes is not None for name in some]
-        if good and self._problem(graph, good):
+        if good and self._problem(graph, good, (FIRST,)):
             return self._one_by_one(graph, good)
         return graph
 
@@ -125,36 +126,37 @@ class Sizer:
 
     def _searched(self, graph: ChannelGraph, name: str) -> ChannelGraph:
         """A group to which the attributes of its like do not apply: its own, or none."""
-        outcome = self._solve(graph, name)
+        outcome = self._solve(graph, name, BOTH_ENDS)
         if outcome.attributes is None:
             return _revoked(graph, name, outcome.problem)
         return _replaced(graph, replace(graph[name], attributes=outcome.attributes))
 
-    def _solve(self, graph: ChannelGraph, name: str) -> Outcome:
+    def _solve(self, graph: ChannelGraph, name: str, ends: Sequence[str]) -> Outcome:
         """Find the attributes that must follow one group."""
-        group = graph[name]
-        problem = self._problem(graph, [name])
+        group = replace(graph[name], attributes=())
+        graph = _replaced(graph, group)
+        problem = self._problem(graph, [name], ends)
         if not problem:
             return Outcome(())
         for chosen in _subsets(candidates_of(self.model, group)):
             attempt = _replaced(graph, replace(group, attributes=chosen))
-            if not self._problem(attempt, [name]):
+            if not self._problem(attempt, [name], ends):
                 return Outcome(chosen)
         return Outcome(None, self._explained(graph, name, problem))
 
-    def _problem(self, graph: ChannelGraph, names: Sequence[str]) -> str:
-        """Why some groups cannot be cut, all at once; empty where they can."""
+    def _problem(self, graph: ChannelGraph, names: Sequence[str], ends: Sequence[str] = BOTH_ENDS) -> str:
+        """Why some groups cannot be cut at some of their ends, all at once; empty where they can."""
         for wave in waves(graph, names):
-            if problem := self._seen(graph, wave):
+            if problem := self._seen(graph, wave, ends):
                 return problem
         return ""
 
-    def _seen(self, graph: ChannelGraph, names: Sequence[str]) -> str:
+    def _seen(self, graph: ChannelGraph, names: Sequence[str], ends: Sequence[str]) -> str:
         if self.trials is None:
             return retraced(self.bench, graph, names)
         cuts = {name: next((k for k in (SILENT, UNREAD) if k in kinds_of(graph[name])), None) for name in names}
         items = [(name, kind) for name, kind in cuts.items() if kind is not None]
-        for which in (LAST, FIRST) if items else ():
+        for which in ends if items else ():
             if finding := self.trials.run(graph, items, which):
                 return _in_words(finding)
         blind = [name for name, kind in cuts.items() if kind is None]
