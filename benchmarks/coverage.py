@@ -3,9 +3,10 @@
     python benchmarks/coverage.py [--workers 2] [--only PART] [--out FILE [--resume]] [--torch-pruning FILE]
 
 For every architecture of `architectures.py` (random weights): trace and prove, as `Compressor.prepare` does, then in
-float64 on every group every exactness check that its admitted edits allow: random permutation, rescale, sign; removal of
-planted silent and unread channels; merging of planted duplicates; splitting. An edit is wrong when an output's relative
-error exceeds 1e-9, or when anything is raised. "withdrawn" counts what the rules had admitted and the proof refuted.
+float64 on every group every exactness check that its admitted edits allow: random permutation, rescale, sign; removal
+of planted silent and unread channels; merging of planted duplicates; splitting. An edit is wrong when an output's
+relative error exceeds 1e-9, or when anything is raised. "withdrawn" counts what the rules had admitted and the proof
+refuted.
 
 An architecture meets the goal when every output channel of its linear, convolutional and recurrent layers can be edited
 (alone or as part of a head), apart from those that reach the model's output or are not used, every attention layer with

@@ -82,7 +82,7 @@ def refused(formula: Formula, conv: bool = False) -> str:
     group = next((g for g in graph if g.name == "a"), None)
     if group is None:
         return next(f.reason for f in graph.frozen if f.tensor == "a.weight" and f.dim == 0)
-    return group.reasons.get("remove", "") or retraced(Bench.of(net, x), graph, ["a"])
+    return group.reasons.get("remove", "") or retraced(Bench.of(net, x), graph, {"a": -1})
 
 
 @pytest.mark.parametrize("name", COMPUTING)

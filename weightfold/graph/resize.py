@@ -100,10 +100,10 @@ class Sizer:
     def cut(self, graph: ChannelGraph, names: Sequence[str]) -> ChannelGraph:
         """The same; growth is not looked at."""
         names = [n for n in names if "remove" in graph[n].admits and smallest_block(graph[n]) > 1]
-        if self.trials is None and self.bench.meta:
+        if self.trials is None and self.bench.meta and not any(p.is_meta for p in self.model.parameters()):
             plain = trace(self.bench.twin(), self.bench.example)
             graph = replace(graph, operators=plain.operators, constants=plain.constants)
-        if not self._problem(graph, names):
+        if not self._problem(graph, names, (LAST,)) and not self._problem(graph, names, (FIRST,)):
             return graph
         solved: dict[Any, Outcome] = {}
         kinds: dict[Any, list[str]] = {}
@@ -153,20 +153,37 @@ class Sizer:
 
     def _seen(self, graph: ChannelGraph, names: Sequence[str], ends: Sequence[str]) -> str:
         if self.trials is None:
-            return retraced(self.bench, graph, names)
+            return self._seen_without_storage(graph, names, ends)
         cuts = {name: next((k for k in (SILENT, UNREAD) if k in kinds_of(graph[name])), None) for name in names}
         items = [(name, kind) for name, kind in cuts.items() if kind is not None]
         for which in ends if items else ():
             if finding := self.trials.run(graph, items, which):
                 return _in_words(finding)
         blind = [name for name, kind in cuts.items() if kind is None]
-        return retraced(self.bench, graph, blind) if blind else ""
+        return self._retraced_at_both(graph, blind) if blind else ""
+
+    def _seen_without_storage(self, graph: ChannelGraph, names: Sequence[str], ends: Sequence[str]) -> str:
+        """At its end first; then at its beginning, where of like groups every second was cut at its end already."""
+        if tuple(ends) == (LAST,):
+            return retraced(self.bench, graph, dict.fromkeys(names, -1))
+        if tuple(ends) == BOTH_ENDS:
+            return self._retraced_at_both(graph, names)
+        seen: dict[Any, int] = {}
+        at: dict[str, int] = {}
+        for name in names:
+            key = kind_of(self.model, graph[name])
+            at[name] = -(seen.get(key, 0) % 2)
+            seen[key] = seen.get(key, 0) + 1
+        return retraced(self.bench, graph, at)
+
+    def _retraced_at_both(self, graph: ChannelGraph, names: Sequence[str]) -> str:
+        return next((p for at in (-1, 0) if (p := retraced(self.bench, graph, dict.fromkeys(names, at)))), "")
 
     def _explained(self, graph: ChannelGraph, name: str, problem: str) -> str:
         """Say why outputs change, where a second trace tells."""
         if self.trials is None or "written down" in problem:
             return problem
-        return retraced(self.bench, graph, [name]) or problem
+        return self._retraced_at_both(graph, [name]) or problem
 
 
 def _in_words(finding: Finding) -> str:

@@ -6,7 +6,7 @@ This needs no storage: it is how sizes are checked on `meta` and past the limits
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,11 @@ from torch.utils import _pytree as pytree
 from weightfold.errors import EditError, GraphError, TraceError
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply
+from weightfold.graph.copies import flush_caches, meta_tensor, structural_copy
+from weightfold.graph.export import Example, arguments, quiet
+from weightfold.graph.failures import user_line
 from weightfold.graph.group import ChannelGraph, ChannelGroup
-from weightfold.graph.trace import Example, arguments, meta_tensor, quiet, structural_copy, trace, user_line
+from weightfold.graph.trace import trace
 
 TRUE_COPY_BYTES = 512 * 2**20
 """Models up to this size are cut on a true copy."""
@@ -67,29 +70,26 @@ def unit_change(group: ChannelGroup, at: int = -1) -> edits.Edit | None:
     return edits.Edit(group.name, "trial", group.n_channels, carry)
 
 
-def retraced(bench: Bench, graph: ChannelGraph, names: Sequence[str]) -> str:
-    """Cut one unit of every named group on a copy and trace it; "" when all is as predicted, else what is not.
+def retraced(bench: Bench, graph: ChannelGraph, ends: Mapping[str, int]) -> str:
+    """Cut one unit of some groups on a copy and trace it; "" when all is as predicted, else what is not.
 
-    Once at the end of every group and once at its beginning: what is picked by position shows in one of the two.
+    Args:
+        ends: which unit of each group: -1 the last, 0 the first. What is picked by position shows in one of the two.
     """
-    return _retraced_at(bench, graph, names, -1) or _retraced_at(bench, graph, names, 0)
-
-
-def _retraced_at(bench: Bench, graph: ChannelGraph, names: Sequence[str], at: int) -> str:
     twin = bench.twin()
     expected = graph
     grown: set[str] = set()
     try:
-        for name in names:
+        for name, at in ends.items():
             current = next((g for g in expected.groups if g.name == name), None)
             change = None if current is None else unit_change(current, at)
             if change is not None:
                 grown |= {name} if change.n_after > change.n_channels else set()
-                expected, _ = apply(twin, expected, change)
+                expected, _ = apply(twin, expected, change, flush=False)
     except (EditError, RuntimeError, AttributeError, ValueError, TypeError) as error:
         return f"cannot be cut: {next(iter(str(error).splitlines()), type(error).__name__)[:160]}"
-    problem = _forward_problem(twin, bench.example)
-    if problem:
+    flush_caches(twin)
+    if problem := _forward_problem(twin, bench.example):
         return problem
     try:
         found = trace(twin, bench.example)
