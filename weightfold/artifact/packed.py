@@ -6,7 +6,7 @@ All entropy-coded tensors share one range coder, so that none of them pays for a
 bytes of the SHA-256 of everything before it and is verified before anything is decoded: a file that is cut off or
 changed is refused. The same content gives the same bytes.
 
-What a file may hold is tied to its length, so that a small file cannot fill the memory: 2^18 values and 1,024 more for
+What a file may hold is tied to its length, so that a small file cannot fill the memory: 2^16 values and 1,024 more for
 each of its bytes. A network of zeros would need fewer bytes than that; zeros are added until its length explains it.
 """
 
@@ -35,7 +35,7 @@ SUFFIX = ".wfp"
 VERSION = 1
 MAGIC = b"WFP"
 _CHECK_BYTES = 8
-_FREE_VALUES, _VALUES_A_BYTE = 1 << 18, 1 << 10
+_FREE_VALUES, _VALUES_A_BYTE = 1 << 16, 1 << 10
 _AGAIN = "Copy or write it again."
 
 Array = npt.NDArray[Any]
