@@ -268,3 +268,12 @@ def test_a_vector_laid_out_as_an_image_keeps_free_channels(name: str) -> None:
     assert group.n_channels == 4
     assert {"permute", "remove", "merge"} <= group.admits
     assert {axis.tensor.partition(".")[0] for axis in group.axes} >= {"spread", "read"}
+
+
+@pytest.mark.parametrize("rnn", [nn.GRU, nn.LSTM, nn.RNN])
+def test_learned_rows_that_a_recurrent_layer_reads_in_order_are_fixed(rnn: type[nn.RNNBase]) -> None:
+    torch.manual_seed(6)
+    parts = {"rows": nn.Parameter(torch.randn(4, 5)), "rnn": rnn(5, 6, batch_first=True), "two": nn.Linear(6, 3)}
+    net = generic(Net(lambda m, x: m.two(m.rnn(m.rows * x[:, None])[0]), **parts)).eval()
+    graph = trace(net, torch.randn(3, 5))
+    assert not any(axis.key == ("rows", 0) for group in graph for axis in group.axes)

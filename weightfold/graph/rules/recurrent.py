@@ -109,6 +109,9 @@ def _recurrent(kind: str) -> Any:
         bidirectional: bool,
         batch_first: bool = False,
     ) -> Any:
+        for item in x.fields:
+            if len(x.shape) - 1 not in item.support:
+                store.freeze(replace(x, fields=(item,)), "is a step or a sample of a recurrent layer")
         result = shapes_of(node)
         directions = 2 if bidirectional else 1
         per_cell = len(params) // (num_layers * directions)
