@@ -32,7 +32,7 @@ from weightfold.graph.apply import find_tensor
 from weightfold.graph.exactness import outputs, relative_error
 from weightfold.graph.trace import Example
 from weightfold.weights.balance import rows_of
-from weightfold.weights.compare import cosine, require_alike, weights_of
+from weightfold.weights.compare import PAIR, alike, cosine, fitting
 from weightfold.weights.correlate import correlations
 from weightfold.weights.rotate import (
     doubles,
@@ -43,7 +43,7 @@ from weightfold.weights.rotate import (
     sides_of,
     streams,
 )
-from weightfold.weights.symmetry import Freedom, Members, Slot, Symmetries, lively_input, symmetries
+from weightfold.weights.symmetry import Freedom, Members, Slot, Symmetries, lively_input
 from weightfold.weights.work import (
     Work,
     assign,
@@ -118,8 +118,8 @@ def align(
     """
     if method not in ("weights", "activations"):
         raise ConfigError(f"The method must be 'weights' or 'activations'. Got '{method}' instead.")
-    require_alike(weights_of(a), weights_of(b))
-    found = symmetries(a, example) if found is None else found
+    a, b = alike([a, b], PAIR)
+    found = fitting(found, a, example)
     work = Work(found, tensors_of(found, a), tensors_of(found, b), least=tolerance)
     before = cosine(work.a, work.b, found)
     if method == "activations":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from weightfold.errors import GraphError
-from weightfold.weights.symmetry import Symmetries
+from weightfold.graph.trace import Example
+from weightfold.weights.finite import holes, remedy_for
+from weightfold.weights.symmetry import Symmetries, symmetries
+from weightfold.weights.ties import common_owners, owners_of, untied
 
 N_SHOWN = 5
+PAIR = ("the first model", "the second model")
 
 
 def differences(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
@@ -47,6 +51,50 @@ def require_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
             if widths
             else "Only models of the same layers can be aligned.",
         )
+
+
+def alike(models: Sequence[nn.Module], roles: Sequence[str] = ()) -> list[nn.Module]:
+    """Models of one architecture and finite weights, each tie of which is a tie of all: the only door to mixing them.
+
+    What is tied in some and not in all is untied in a copy, which computes the same.
+
+    Args:
+        roles: what each model is to the caller, for messages; "model 2 of 3" by default.
+    Raises:
+        GraphError: the architectures differ, or a tensor holds NaN or infinity; says where, and in which model.
+    Example:
+        >>> tied, free = (nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)) for _ in range(2))
+        >>> tied[1].weight = tied[0].weight
+        >>> [twin[0].weight is twin[1].weight for twin in alike([tied, free])]
+        [False, False]
+    """
+    states = [weights_of(model) for model in models]
+    require_finite(states, roles)
+    for state in states[1:]:
+        require_alike(states[0], state)
+    owners = common_owners(models)
+    return [untied(model, owners) for model in models]
+
+
+def fitting(found: Symmetries | None, model: nn.Module, example: Example) -> Symmetries:
+    """Symmetries that are at hand, if they are of a model with these ties; otherwise the model's own."""
+    tied = {name: owner for name, owner in owners_of(model).items() if name != owner}
+    return found if found is not None and dict(found.graph.aliases) == tied else symmetries(model, example)
+
+
+def require_finite(states: Sequence[Mapping[str, Tensor]], roles: Sequence[str] = ()) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        GraphError: names the tensor and the model.
+    """
+    for number, state in enumerate(states):
+        for name in holes(state):
+            where = roles[number] if roles else f"model {number + 1} of {len(states)}"
+            raise GraphError(
+                f"'{name}' of {where} holds NaN or infinite numbers.",
+                remedy=remedy_for(state[name]),
+            )
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from weightfold.graph.trace import Example
 from weightfold.weights.align import align_tensors
-from weightfold.weights.compare import require_alike, weights_of
+from weightfold.weights.compare import PAIR, alike, fitting, weights_of
 from weightfold.weights.point import point
-from weightfold.weights.symmetry import Members, Symmetries, symmetries
+from weightfold.weights.symmetry import Members, Symmetries
 from weightfold.weights.work import rows_float
 
 
@@ -88,9 +88,9 @@ def difference(
         >>> found.moved < 1e-6, found.plain > 1, found.reordered
         (True, True, (8, 8))
     """
+    a, b = alike([a, b], PAIR)
     raw_a, raw_b = weights_of(a), weights_of(b)
-    require_alike(raw_a, raw_b)
-    found = symmetries(a, example) if found is None else found
+    found = fitting(found, a, example)
     one = point(found, a.state_dict(), centre_logits=centre_logits).tensors
     two = point(found, b.state_dict(), centre_logits=centre_logits).tensors
     two, orders = align_tensors(found, one, two)

@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightfold.errors import ConfigError, DataError
+from weightfold.errors import ConfigError, DataError, GraphError
 from weightfold.graph.trace import Example
 from weightfold.stats.running import call, evaluating
 from weightfold.stats.taps import tapped
 from weightfold.weights.align import align
-from weightfold.weights.compare import Gate, cosine, differences, require_alike, weights_of
-from weightfold.weights.symmetry import Symmetries, symmetries
+from weightfold.weights.compare import Gate, alike, cosine, differences, fitting, weights_of
+from weightfold.weights.finite import holes
+from weightfold.weights.symmetry import Symmetries
+from weightfold.weights.ties import owners_of, tie_differences
 
 State = dict[str, Tensor]
 CLOSE = 0.5
@@ -47,7 +49,7 @@ def average(models: Sequence[nn.Module], shares: Sequence[float] | None = None) 
         >>> torch.equal(average([a, b]).weight, (a.weight + b.weight) / 2)
         True
     """
-    states = _states(models)
+    models, states = _states(models)
     share = [1 / len(states)] * len(states) if shares is None else list(shares)
     if len(share) != len(states):
         raise ConfigError(f"There are {len(states)} models and {len(share)} shares.")
@@ -58,7 +60,7 @@ def average(models: Sequence[nn.Module], shares: Sequence[float] | None = None) 
 
 def task_arithmetic(base: nn.Module, models: Sequence[nn.Module], strength: float = 1.0) -> nn.Module:
     """Add what each model learned since the base: θ₀ + λ Σ τ_i. ``strength``: λ."""
-    start, deltas = _deltas(base, models)
+    base, start, deltas = _deltas(base, models)
     return _loaded(base, {n: start[n] + strength * sum(d[n] for d in deltas) for n in start})
 
 
@@ -71,7 +73,7 @@ def ties(base: nn.Module, models: Sequence[nn.Module], keep: float = 0.2, streng
     """
     if not 0 < keep <= 1:
         raise ConfigError(f"The 'keep' of ties must lie in (0, 1]. Got {keep} instead.")
-    start, deltas = _deltas(base, models)
+    base, start, deltas = _deltas(base, models)
     trimmed = [_largest(d, keep) for d in deltas]
     out = {}
     for n in start:
@@ -100,7 +102,7 @@ def dare(
     """Drop changes at random and rescale the rest, then add them. ``drop``: share p, in [0, 1)."""
     if not 0 <= drop < 1:
         raise ConfigError(f"The 'drop' of dare must lie in [0, 1). Got {drop} instead.")
-    start, deltas = _deltas(base, models)
+    base, start, deltas = _deltas(base, models)
     out = {n: start[n].clone() for n in start}
     for delta in deltas:
         for n in delta:
@@ -137,19 +139,50 @@ def fisher(models: Sequence[nn.Module], information: Sequence[Mapping[str, Tenso
         information: of each model, from `fisher_of`.
         floor: least weight of an entry, as a share of the tensor's mean information.
     """
-    states = _states(models)
+    given, (models, states) = models, _states(models)
     if len(information) != len(states):
         raise ConfigError(f"There are {len(states)} models and {len(information)} tables of Fisher information.")
+    names = owners_of(models[0])
     out = {}
     for n in states[0]:
-        if n not in information[0]:
+        known = _information(n, given, names, information)
+        if known is None:
             out[n] = torch.stack([s[n].double() for s in states]).mean(0)
             continue
-        stack = torch.stack([f[n].double() for f in information])
+        stack = torch.stack(known)
         stack = stack + floor * stack.mean().clamp_min(1e-30)
         values = torch.stack([s[n].double() for s in states])
         out[n] = (stack * values).sum(0) / stack.sum(0)
     return _loaded(models[0], out)
+
+
+def _information(
+    name: str, models: Sequence[nn.Module], owners: Mapping[str, str], tables: Sequence[Mapping[str, Tensor]]
+) -> list[Tensor] | None:
+    """What is known of one tensor in each model; None if it is in no table.
+
+    A model that ties it to what is not tied in the others has one number for both, which belongs to neither.
+    """
+    same = [n for n, owner in owners.items() if owner == name] or [name]
+    found = [next((table[n].double() for n in same if n in table), None) for table in tables]
+    if all(f is None for f in found):
+        return None
+    for number, (model, table) in enumerate(zip(models, tables, strict=True), 1):
+        own = owners_of(model)
+        apart = [n for n, owner in own.items() if owner == own.get(name, name) and n not in same]
+        lone = [n for n in (*same, *apart) if n in table]
+        if apart and len(lone) < 2:
+            raise GraphError(
+                f"'{name}' is tied to '{apart[0]}' in model {number}, not in the others: its Fisher information there "
+                "is that of both.",
+                remedy="Pass fisher_of(untied(model), ...) for that model (weightfold.weights.ties).",
+            )
+        if found[number - 1] is None:
+            raise ConfigError(
+                f"The Fisher information of model {number} lacks '{name}'.",
+                remedy="Pass what fisher_of returns for this very model.",
+            )
+    return [f for f in found if f is not None]
 
 
 @torch.no_grad()
@@ -175,18 +208,34 @@ def regmean(models: Sequence[nn.Module], grams: Sequence[Mapping[str, Tensor]], 
         grams: of each model, from `grams_of`.
         shrink: factor of the off-diagonal entries, in [0, 1]; below 1 the solution is stable.
     """
-    states = _states(models)
+    models, states = _states(models)
     if len(grams) != len(states):
         raise ConfigError(f"There are {len(states)} models and {len(grams)} sets of Gram matrices.")
     out = {n: torch.stack([s[n].double() for s in states]).mean(0) for n in states[0]}
-    for layer in grams[0]:
-        name = f"{layer}.weight".lstrip(".")
-        shrunk = [shrink * g[layer] + (1 - shrink) * torch.diag(g[layer].diagonal()) for g in grams]
+    owners, modules = owners_of(models[0]), dict(models[0].named_modules(remove_duplicate=False))
+    for name in states[0]:
+        paths = [n.rpartition(".")[0] for n, owner in owners.items() if owner == name and n.endswith("weight")]
+        layers = [path for path in paths if any(path in g for g in grams)]
+        if not layers or {id(modules[path]) for path in paths} != {id(modules[path]) for path in layers}:
+            continue  # a tensor that is read in another way too, as an embedding is, has no such solution
+        _require_grams(layers, grams)
+        inputs = [sum((g[layer] for layer in layers[1:]), g[layers[0]]) for g in grams]
+        shrunk = [shrink * g + (1 - shrink) * torch.diag(g.diagonal()) for g in inputs]
         total = sum(shrunk, torch.zeros_like(shrunk[0]))
         ridge = 1e-8 * float(total.diagonal().mean()) + 1e-30
         right = sum((g @ s[name].double().T for g, s in zip(shrunk, states, strict=True)), torch.zeros(()))
         out[name] = torch.linalg.solve(total + ridge * torch.eye(len(total), dtype=torch.float64), right).T
     return _loaded(models[0], out)
+
+
+def _require_grams(layers: Sequence[str], grams: Sequence[Mapping[str, Tensor]]) -> None:
+    for number, table in enumerate(grams, 1):
+        for layer in layers:
+            if layer not in table:
+                raise ConfigError(
+                    f"The Gram matrices of model {number} lack '{layer}'; perhaps it is one layer with another there.",
+                    remedy="Pass grams_of(untied(model), ...) for that model (weightfold.weights.ties).",
+                )
 
 
 # many models ----------------------------------------------------------------------------------------------------------
@@ -201,7 +250,8 @@ def align_all(
     """
     if not models:
         raise ConfigError("There are no models to align.")
-    found = symmetries(models[0], example) if found is None else found
+    models = alike(models)
+    found = fitting(found, models[0], example)
     aligned = [models[0], *(align(models[0], m, example, found=found).model for m in models[1:])]
     for _ in range(rounds if len(models) > 2 else 0):
         moved = False
@@ -236,30 +286,31 @@ def gate(
     """
     one, two = weights_of(a), weights_of(b)
     for which, state in (("first", one), ("second", two)):
-        for name, value in state.items():
-            if not bool(torch.isfinite(value).all()):
-                return Gate("no", (f"'{name}' of the {which} model holds NaN or infinite numbers",))
+        for name in holes(state):
+            return Gate("no", (f"'{name}' of the {which} model holds NaN or infinite numbers",))
     differ = differences(one, two)
     if any("lacks" in text for text in differ):
         return Gate("no", tuple(f"they have other layers: {text}" for text in differ[:5]))
     if differ:
         return Gate("softly", tuple(f"widths differ: {text}" for text in differ[:5]))
+    ties = tuple(f"{text}: untied for the merge" for text in tie_differences([a, b]))
     if all(torch.equal(one[n], two[n]) for n in one):
-        return Gate("as they are", ("they are equal, byte for byte",), 1.0, 1.0)
-    found = symmetries(a, example) if found is None else found
+        return Gate("as they are", ("they are equal, byte for byte", *ties), 1.0, 1.0)
+    a, b = alike([a, b])
+    found = fitting(found, a, example)
     turned = align(a, b, example, found=found)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     chance = align(a, _shuffled(b, generator), example, found=found).cosine_after
     now, then = turned.cosine_before, turned.cosine_after
     if now >= CLOSE and then - now < 0.05:
         why = f"weights point the same way (cosine {now:.2f}), as models of one family do; alignment adds nothing"
-        return Gate("as they are", (why,), now, then, chance)
+        return Gate("as they are", (why, *ties), now, then, chance)
     if then > max(chance + 0.02, 1.2 * chance):
         why = f"alignment raises the cosine from {now:.2f} to {then:.2f}; shuffled weights reach {chance:.2f}"
         rest = () if then >= CLOSE else ("they share little beyond the task: expect a barrier, and repair",)
-        return Gate("after alignment", (why, *rest), now, then, chance)
+        return Gate("after alignment", (why, *rest, *ties), now, then, chance)
     why = f"alignment reaches a cosine of {then:.2f}, shuffled weights {chance:.2f}: nothing in common is found"
-    return Gate("no", (why,), now, then, chance)
+    return Gate("no", (why, *ties), now, then, chance)
 
 
 def _shuffled(model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -279,19 +330,20 @@ def similarity(a: nn.Module, b: nn.Module) -> float:
 # parts ----------------------------------------------------------------------------------------------------------------
 
 
-def _states(models: Sequence[nn.Module]) -> list[State]:
+def _states(models: Sequence[nn.Module], roles: Sequence[str] = ()) -> tuple[list[nn.Module], list[State]]:
+    """The models, alike in their ties, and their weights, each tied one once."""
     if not models:
         raise ConfigError("There are no models to merge.")
-    states = [weights_of(m) for m in models]
-    for state in states[1:]:
-        require_alike(states[0], state)
-    return states
+    models = alike(models, roles)
+    owners = owners_of(models[0])
+    return models, [{n: t for n, t in weights_of(m).items() if owners.get(n, n) == n} for m in models]
 
 
-def _deltas(base: nn.Module, models: Sequence[nn.Module]) -> tuple[State, list[State]]:
-    states = _states([base, *models])
+def _deltas(base: nn.Module, models: Sequence[nn.Module]) -> tuple[nn.Module, State, list[State]]:
+    roles = ["the base", *(f"model {i} of {len(models)}" for i in range(1, len(models) + 1))]
+    parents, states = _states([base, *models], roles)
     start = {n: t.double() for n, t in states[0].items()}
-    return start, [{n: s[n].double() - start[n] for n in start} for s in states[1:]]
+    return parents[0], start, [{n: s[n].double() - start[n] for n in start} for s in states[1:]]
 
 
 def _loaded(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:

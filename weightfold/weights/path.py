@@ -25,7 +25,7 @@ from weightfold.errors import DataError
 from weightfold.graph.trace import Example
 from weightfold.stats.norms import recalibrate_ as reset_norms_
 from weightfold.stats.running import call, evaluating
-from weightfold.weights.compare import require_alike, weights_of
+from weightfold.weights.compare import PAIR, alike, weights_of
 
 Measure = Callable[[nn.Module], float]
 """A model's loss, or its accuracy."""
@@ -42,8 +42,8 @@ def between(a: nn.Module, b: nn.Module, t: float = 0.5) -> nn.Module:
         >>> torch.equal(between(a, b).weight, torch.lerp(a.weight, b.weight, 0.5))
         True
     """
+    a, b = alike([a, b], PAIR)
     one, two = weights_of(a), weights_of(b)
-    require_alike(one, two)
     middle = copy.deepcopy(a)
     middle.load_state_dict({name: torch.lerp(one[name], two[name].to(one[name]), t) for name in one}, strict=False)
     return middle

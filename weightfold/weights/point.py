@@ -21,6 +21,7 @@ from torch import Tensor
 from weightfold.errors import GraphError
 from weightfold.graph.layout import from_front, to_front
 from weightfold.weights.balance import balance_
+from weightfold.weights.finite import is_finite, remedy_for
 from weightfold.weights.symmetry import Freedom, Gain, Norm, Symmetries
 
 
@@ -99,8 +100,8 @@ def checked(found: Symmetries, state: Mapping[str, Tensor]) -> dict[str, Tensor]
                 remedy="The weights belong to another architecture.",
             )
         value = value.detach().cpu().to(torch.float64, copy=True)
-        if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
-            raise GraphError(f"'{name}' holds NaN or infinite numbers.", remedy="The model is broken; train it anew.")
+        if not is_finite(value):
+            raise GraphError(f"'{name}' holds NaN or infinite numbers.", remedy=remedy_for(value))
         out[name] = value
     return out
 

@@ -26,8 +26,9 @@ from weightfold.graph.apply import apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.proof import prepared
 from weightfold.graph.trace import Example, structural_copy
-from weightfold.weights.compare import differences, weights_of
-from weightfold.weights.symmetry import Slot, Symmetries, symmetries
+from weightfold.weights.compare import PAIR, differences, fitting, require_finite, weights_of
+from weightfold.weights.symmetry import Slot, Symmetries
+from weightfold.weights.ties import common_owners, untied
 from weightfold.weights.work import assign, in_reach, rows_float
 
 ITERATIONS = 300
@@ -80,7 +81,10 @@ def soft(
         >>> soft(a, b, torch.zeros(1, 4))[0].weight.shape
         torch.Size([8, 4])
     """
-    found = symmetries(a, example) if found is None else found
+    require_finite([weights_of(a), weights_of(b)], PAIR)
+    owners = common_owners([a, b])
+    a, b = untied(a, owners), untied(b, owners)
+    found = fitting(found, a, example)
     theirs = prepared(structural_copy(b).eval(), example)
     _require_groups(found.graph, theirs, a, b)
     order = [g for g in in_reach(found) if g.kind == "channels" or g.n == theirs[g.name].n_channels]
