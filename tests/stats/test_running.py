@@ -65,7 +65,7 @@ def test_a_batch_of_two_inputs(kind: str, example: Any) -> None:
     assert torch.equal(call(Two(), TWO[kind], example), x + z)
 
 
-@pytest.mark.parametrize("kind", set(TWO) - {f"inputs in a {what}, and targets" for what in ("tuple", "list", "dict")})
+@pytest.mark.parametrize("kind", [kind for kind in TWO if not kind.endswith(", and targets")])
 def test_without_an_example_the_forward_says_how_many(kind: str) -> None:
     assert torch.equal(call(Two(), TWO[kind]), x + z)
 
