@@ -24,7 +24,7 @@ from weightfold.graph import edit, proof
 from weightfold.graph.apply import apply
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.proof import prepared, proved, with_symmetries_proved
-from weightfold.graph.trials import KINDS, kinds_of, rounds, trials_on
+from weightfold.graph.trials import KINDS, awake, kinds_of, rounds, trials_for, trials_on
 from weightfold.graph.twin import Limits, copy_within, numbers, twin_of, why_not
 
 C = 12
@@ -239,6 +239,28 @@ def test_symmetries_alone() -> None:
     graph = with_symmetries_proved(net, torch.randn(4, 5))
     assert {"permute", "rescale"} <= graph["a"].admits
     assert graph.proved.modes == ("evaluation",)
+
+
+def test_dead_units_do_not_hide_a_wrong_edit() -> None:
+    """With all biases far below zero hardly a unit is on: the weights are drawn anew until outputs depend on them."""
+    torch.manual_seed(0)
+    net, x = Net(lambda h, _: h.cumsum(-1)), torch.randn(2, 5)
+    with torch.no_grad():
+        net.a.bias.fill_(-0.9)
+    graph = plain_graph()
+    trials = trials_for(net, x, graph, ["a"])
+    assert not isinstance(trials, str)
+    assert awake(trials.twin, graph, ["a"])[0] >= awake(trials_of(net, x).twin, graph, ["a"])[0]
+    assert proved(net, graph, ["a"], trials)["a"].admits == frozenset()
+
+
+def test_groups_on_which_no_output_depends_are_told_of() -> None:
+    torch.manual_seed(0)
+    net = Net(lambda h, _: h.detach() * 0)
+    graph = replace(plain_graph())
+    trials = trials_for(net, torch.randn(2, 5), graph, ["a"])
+    assert not isinstance(trials, str)
+    assert "'a'" in str(proved(net, graph, ["a"], trials).proved)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9])

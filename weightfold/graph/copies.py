@@ -74,7 +74,7 @@ def independent_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = clon
         TraceError: an attribute cannot be copied; names it.
     Example:
         >>> net, seen = nn.Sequential(nn.Linear(2, 2)), []
-        >>> handle = net[0].register_forward_hook(lambda module, args, out: seen.append(out))
+        >>> handle = net[0].register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
         >>> _ = independent_copy(net)(torch.zeros(1, 2))
         >>> len(seen)
         0

@@ -32,10 +32,10 @@ from weightfold.graph.trials import (
     Trials,
     kinds_of,
     rounds,
-    trials_on,
+    trials_for,
     waves,
 )
-from weightfold.graph.twin import Limits, copy_within
+from weightfold.graph.twin import Limits
 
 SYMMETRIES = (PERMUTE, RESCALE, SIGN)
 DEAR = (UNREAD, MERGE, SPLIT)
@@ -70,10 +70,9 @@ def prepared(
     """
     graph = trace(model, example) if graph is None else graph
     names = [g.name for g in graph if names is None or g.name in names]
-    twin = copy_within(model, example, limits)
-    if isinstance(twin, str):
-        return replace(Sizer(model, example, None).sized(graph, names), proved=Proof(left_out=twin))
-    trials = trials_on(twin)
+    trials = trials_for(model, example, graph, names, limits)
+    if isinstance(trials, str):
+        return replace(Sizer(model, example, None).sized(graph, names), proved=Proof(left_out=trials))
     return proved(model, Sizer(model, example, trials).cut(graph, names), names, trials)
 
 
@@ -84,10 +83,11 @@ def with_symmetries_proved(model: nn.Module, example: Example) -> ChannelGraph:
         TraceError: the forward fails on the example, or branches on data.
     """
     graph = trace(model, example)
-    twin = copy_within(model, example, Limits(), training=False)
-    if isinstance(twin, str):
-        return replace(graph, proved=Proof(left_out=twin))
-    return proved(model, graph, [g.name for g in graph], trials_on(twin), SYMMETRIES)
+    names = [g.name for g in graph]
+    trials = trials_for(model, example, graph, names, training=False)
+    if isinstance(trials, str):
+        return replace(graph, proved=Proof(left_out=trials))
+    return proved(model, graph, names, trials, SYMMETRIES)
 
 
 def proved(

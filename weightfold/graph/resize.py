@@ -31,10 +31,9 @@ from weightfold.graph.trials import (
     Trials,
     kinds_of,
     smallest_block,
-    trials_on,
+    trials_for,
     waves,
 )
-from weightfold.graph.twin import Limits, copy_within
 
 Attribute = tuple[str, str, Fraction]
 REMEDY = "Derive the size from the tensor (-1, x.shape) or from an attribute of the module."
@@ -62,9 +61,9 @@ def with_sizes(
         example: what it was traced with.
         names: groups to look at; all by default.
     """
-    twin = copy_within(model, example, Limits())
-    sizer = Sizer(model, example, None if isinstance(twin, str) else trials_on(twin))
-    return sizer.sized(graph, [g.name for g in graph if names is None or g.name in names])
+    names = [g.name for g in graph if names is None or g.name in names]
+    trials = trials_for(model, example, graph, names)
+    return Sizer(model, example, None if isinstance(trials, str) else trials).sized(graph, names)
 
 
 class Sizer:

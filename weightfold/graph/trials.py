@@ -11,21 +11,23 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightfold.errors import WeightfoldError
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import Undo, apply, find_tensor
 from weightfold.graph.copies import flush_caches
 from weightfold.graph.edit import Edit
+from weightfold.graph.export import Example
 from weightfold.graph.failures import user_line
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.layout import from_front, to_front
-from weightfold.graph.twin import Failure, Twin, change
+from weightfold.graph.twin import Failure, Limits, Twin, change, copy_within
 
 SILENT, UNREAD, MERGE, SPLIT, PERMUTE, RESCALE, SIGN = KINDS = (
     "silent", "unread", "merge", "split", "permute", "rescale", "sign",
 )  # fmt: skip
+PLANTED = (SILENT, UNREAD, MERGE)
 DOING: Mapping[str, str] = {
     SILENT: "removing silent channels of",
     UNREAD: "removing unread channels of",
@@ -66,6 +68,10 @@ class Finding:
         return f"output {self.output}{mode} changes by {size}"
 
 
+N_DRAWS = 3
+"""Copies that are drawn at the most."""
+ENOUGH = 0.75
+"""Mean share of channels with a gradient from which a copy is taken at once."""
 BLIND = Finding(float("inf"), failed="it cannot be tried: outputs are not finite with a channel planted for it")
 CHANCE = Finding(float("inf"), failed="it cannot be tried: two forwards on the same input differ")
 
@@ -121,7 +127,7 @@ class Picked:
             share = max(1, n - max(1, n // 4))
         elif which == SOME:
             others = len({UNREAD, MERGE} & set(kinds))
-            share = max(1, min(n - 1 - others - spare, n // 2)) if SILENT in kinds else max(1, n // 4)
+            share = max(1, min(n - 1 - others - spare, n // 3)) if SILENT in kinds else max(1, n // 4)
         for kind, out in ((SILENT, self.silent), (UNREAD, self.unread)):
             if kind in kinds:
                 out += row[:share]
@@ -152,12 +158,16 @@ def pick(group: ChannelGroup, kinds: Collection[str], generator: torch.Generator
 
 
 def rounds(group: ChannelGroup, kinds: Sequence[str]) -> list[list[str]]:
-    """Kinds that fit into one trial: each removal needs a channel of its own, and one must stay."""
-    room = smallest_block(group) - 1
+    """Kinds that fit into one trial.
+
+    What needs nothing planted goes first, on all that is alive. Then each removal needs a channel of its own, and half
+    of the channels stay as they are: a network of which too much is dead shows nothing.
+    """
+    room = max(smallest_block(group) // 2, 1)
     spare = int(has_several_places(group))
-    out: list[list[str]] = [[]]
+    out: list[list[str]] = [[kind for kind in kinds if kind not in PLANTED], []]
     used = 0
-    for kind in kinds:
+    for kind in [kind for kind in kinds if kind in PLANTED]:
         need = int(kind in (SILENT, UNREAD, MERGE))
         if (used + need > room and need) or (kind == SPLIT and used + spare > room and used):
             out.append([])
@@ -378,6 +388,57 @@ class Trials:
 def trials_on(twin: Twin) -> Trials:
     """Trials with the channels that a fixed seed picks: the same graph on every call."""
     return Trials(twin, torch.Generator().manual_seed(1))
+
+
+def trials_for(
+    model: nn.Module,
+    example: Example,
+    graph: ChannelGraph,
+    names: Sequence[str],
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    *,
+    training: bool = True,
+) -> Trials | str:
+    """Trials on a copy whose outputs depend on the named groups; or why there is none.
+
+    On a copy whose units happen to be dead an edit changes nothing, right or wrong. So the weights are drawn again
+    where too few channels have a gradient, and the liveliest of a few copies is taken.
+    """
+    best: tuple[float, Twin] | None = None
+    for seed in range(N_DRAWS):
+        twin = copy_within(model, example, limits, training=training, seed=seed)
+        if isinstance(twin, str):
+            return twin
+        share, asleep = awake(twin, graph, names)
+        if asleep:
+            also = f"{len(asleep)} groups on which no output depends here ('{asleep[0]}')"
+            twin = replace(twin, left_out="; ".join(filter(None, (twin.left_out, also))))
+        if best is None or share > best[0]:
+            best = (share, twin)
+        if share >= ENOUGH:
+            break
+    assert best is not None
+    return trials_on(best[1])
+
+
+def awake(twin: Twin, graph: ChannelGraph, names: Sequence[str]) -> tuple[float, list[str]]:
+    """The mean share of channels that outputs depend on, and the groups that have none such."""
+    slopes = twin.slopes()
+    shares: dict[str, float] = {}
+    for name in names:
+        group = graph[name]
+        axes = [axis for axis in group.axes if axis.role != "read" and axis.tensor in slopes]
+        if not axes:
+            continue
+        alive = torch.zeros(group.n_channels, dtype=torch.bool)
+        for axis in axes:
+            front = to_front(slopes[axis.tensor], axis.dim, axis.slabs)
+            moves = (front.reshape(front.shape[0], -1) != 0).any(1)
+            alive |= (moves[axis.index.clamp_min(0)] & (axis.index >= 0)).any(1)
+        shares[name] = float(alive.double().mean())
+    if not shares:
+        return 1.0, []
+    return sum(shares.values()) / len(shares), [name for name, share in shares.items() if share == 0]
 
 
 def _first_line(error: Exception) -> str:

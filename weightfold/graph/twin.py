@@ -366,6 +366,31 @@ class Twin:
                     if buffer.shape == before.shape:
                         buffer.copy_(before)
 
+    def slopes(self) -> dict[str, Tensor]:
+        """The gradient of the outputs, weighted at random, by parameter; empty where there is none to be had."""
+        model = self.model.train(False)
+        parameters = dict(model.named_parameters())
+        args, kwargs = Copier(Tensor.clone)(self.inputs)
+        buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        try:
+            with quiet(), Settled(), doubled() if self.wide else _as_is(), torch.enable_grad():
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)
+                torch.manual_seed(0)
+                outputs = [t for t in numbers(model(*args, **kwargs)) if t.requires_grad]
+                total = torch.stack([(t * torch.rand(t.shape, dtype=t.dtype)).abs().sum() for t in outputs]).sum()
+                found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        except Exception:  # a forward without gradients says nothing of who is alive
+            return {}
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        slopes = zip(parameters.items(), found, strict=True)
+        return {name: torch.zeros_like(p) if slope is None else slope for (name, p), slope in slopes}
+
     def repeats(self) -> bool:
         """Whether the copy as it was made gives the same outputs again."""
         return all(change(self.plain[mode], self.run(mode))[0] <= self.tolerance for mode in self.modes)
@@ -399,7 +424,9 @@ N_PASSES = 16
 """Forwards in each mode that trials with nothing wrong may take."""
 
 
-def copy_within(model: nn.Module, example: Example, limits: Limits, *, training: bool = True) -> Twin | str:
+def copy_within(
+    model: nn.Module, example: Example, limits: Limits, *, training: bool = True, seed: int = 0
+) -> Twin | str:
     """A generic copy of the model, if limits allow one; else why not."""
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_meta for t in tensors):
@@ -409,7 +436,7 @@ def copy_within(model: nn.Module, example: Example, limits: Limits, *, training:
     if n * 4 * 3 > limits.memory_bytes:
         return f"copies of {n:,} weights take {n * 12 / 2**30:.1f} GiB, more than {limits.memory_bytes / 2**30:.1f} GiB"
     started = time.perf_counter()
-    twin = twin_of(model, example, torch.Generator().manual_seed(0), wide=wide, training=training)
+    twin = twin_of(model, example, torch.Generator().manual_seed(seed), wide=wide, training=training)
     if isinstance(twin, str):
         return f"the forward of a copy cannot be compared: {twin}"
     needed = (time.perf_counter() - started) / 2 * N_PASSES
