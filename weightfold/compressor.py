@@ -347,7 +347,7 @@ class Compressor:
         """Take the latest accepted edit back: bit for bit when nothing was trained since.
 
         Raises:
-            EditError: there is nothing to undo.
+            EditError: there is nothing to undo, or what the edit replaced is not in memory any more.
         """
         edit = self._hands.undo()
         self._watch = None
@@ -486,14 +486,9 @@ class Compressor:
         Args:
             at: step that is recorded; by default the present one.
         Raises:
-            EditError: what they replaced is not in memory any more.
+            EditError: fewer stand, or what they replaced is not in memory any more.
         """
-        latest = self._hands.applied[-n_edits:]
-        if len(latest) < n_edits or any(applied.undo is None for applied in latest):
-            raise EditError(
-                f"The latest {n_edits} edits cannot be unfolded: what they replaced is not held any more.",
-                remedy="Undo them on the saved model, from the ledger.",
-            )
+        self._hands.check_held(n_edits)
         with self._clock.on("surgery"):
             undone = self._hands.unfold(n_edits)
         self._watch = None

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from weightfold.errors import EditError
 from weightfold.graph import optim
-from weightfold.graph.apply import Companion, Undo, after, apply, find_tensor
+from weightfold.graph.apply import Companion, Undo, after, apply, check_names, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.followers import with_followers, without_followers
 from weightfold.graph.group import ChannelGraph
@@ -87,7 +87,9 @@ class Surgeon:
         self.optimizers, self.averaged = tuple(optimizers), tuple(map(_own, averaged))
         for companion in self.averaged:
             if isinstance(companion, nn.Module):
-                check_shapes(companion, self.graph, "The averaged copy is of another network.")
+                check_shapes(companion, self.graph, OTHER_AVERAGE)
+            else:
+                check_names(companion, self.graph, self.graph.shapes)
 
     def follow(self, followers: Mapping[str, str], own: Iterable[Optimizer]) -> None:
         """Let tensors that a method holds beside the network take part in every edit; see `with_followers`."""
@@ -162,10 +164,9 @@ class Surgeon:
         """Take the latest edit back bit for bit, with all that was trained since.
 
         Raises:
-            EditError: there is nothing to undo.
+            EditError: there is nothing to undo, or what the edit replaced is not in memory any more.
         """
-        if not self.applied or self.applied[-1].undo is None:
-            raise EditError("There is no edit to undo.")
+        self.check_held(1)
         last = self.applied.pop()
         assert last.undo is not None
         self._forget_newer_state(last.undo, all_new=True)
@@ -173,6 +174,27 @@ class Surgeon:
         self.graph, self.origin = last.graph, last.origin
         optim.assert_live(self.model, self.optimizers)
         return last.edit
+
+    def check_held(self, n_latest: int) -> None:
+        """Refuse to go back further than can be gone.
+
+        Raises:
+            EditError: fewer edits stand, or what they replaced is not in memory any more.
+        """
+        n_held = sum(applied.undo is not None for applied in self.applied)
+        if n_latest <= n_held:
+            return
+        if not self.applied:
+            raise EditError("There is no edit to undo.")
+        if n_latest > len(self.applied):
+            raise EditError(
+                f"{n_latest} edits are to be taken back, and {len(self.applied)} stand.",
+                remedy=f"Ask for {len(self.applied)} at most.",
+            )
+        raise EditError(
+            f"{n_latest} edits are to be taken back; what they replaced is in memory for the latest {n_held} alone.",
+            remedy="The ledger holds all: weightfold ledger undo RUN, or rebuild and take_back of weightfold.replay.",
+        )
 
     def unfold(self, n_edits: int) -> list[Edit]:
         """Take the latest edits back, keeping what was trained since."""
@@ -279,6 +301,9 @@ def fits(model: nn.Module, graph: ChannelGraph) -> bool:
 
 
 CHANGED = "The model changed after it was prepared: build a new Compressor and prepare it."
+
+
+OTHER_AVERAGE = "Pass an average of the model that is compressed, made when it had the shapes that it has now."
 
 
 def check_shapes(model: nn.Module, graph: ChannelGraph, remedy: str = CHANGED) -> None:

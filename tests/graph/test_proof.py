@@ -314,6 +314,60 @@ def test_an_edit_after_which_the_forward_fails_is_taken_back(monkeypatch: pytest
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def _unproved_once(monkeypatch: pytest.MonkeyPatch, net: nn.Module, **given: Any) -> str:
+    """Compress without the proof, which would have refused; why that was refused. The network is as it was."""
+    monkeypatch.setattr("weightfold.compressor.prepared", lambda model, example, *, graph, names: graph)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    compressor = wf.Compressor(net, torch.ones(2, 4), [wf.Prune(keep=0.5)], **given)
+    compressor.prepare()
+    [event] = compressor.once()
+    assert not event.accepted
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    return event.reason
+
+
+def test_a_hook_that_fails_after_an_edit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def knows_its_width(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if output.shape[1] != 8:
+            raise RuntimeError("the hook takes 8 channels")
+        return 2 * output
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net[0].register_forward_hook(knows_its_width)
+    reason = _unproved_once(monkeypatch, net)
+    assert "knows_its_width' (" in reason
+    assert "on '0'" in reason
+    assert reason.endswith("RuntimeError: the hook takes 8 channels")
+
+
+def test_a_forward_that_fails_without_the_edit_as_well_says_so() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    compressor = wf.Compressor(net, torch.ones(2, 4), [wf.Prune(keep=0.5)])
+    compressor.prepare()
+
+    def gone(*_: Any) -> None:
+        raise OSError("the file is gone")
+
+    net[1].register_forward_pre_hook(gone)
+    [event] = compressor.once()
+    assert "OSError: the file is gone" in event.reason
+    assert event.reason.endswith("without the edit it fails as well")
+
+
+def test_a_loss_that_fails_after_an_edit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean() + {8: 0.0}[net[0].out_features]
+
+    probe = [(torch.randn(8, 4), torch.randn(8, 2))]
+    reason = _unproved_once(monkeypatch, net, loss=loss, probe=probe)
+    assert "the loss on the probe fails after the edit" in reason
+    assert "{8: 0.0}[net[0].out_features]" in reason
+    assert "): KeyError: " in reason
+
+
 def test_a_withdrawn_edit_reaches_no_method() -> None:
     torch.manual_seed(0)
     net, x = Net(lambda h, _: h / h.shape[-1]), torch.randn(4, 5)

@@ -15,6 +15,7 @@ from weightfold.engine.book import Book
 from weightfold.engine.clock import Clock
 from weightfold.errors import EditError
 from weightfold.gate import Batch, Loss, Reading, compare, losses
+from weightfold.graph.failures import said, user_line
 from weightfold.graph.twin import why_not
 from weightfold.history import Event, attempt_record
 from weightfold.methods.base import Proposal
@@ -56,6 +57,13 @@ class Gate:
         """Why the network does not run as it is now; empty where it does."""
         with self.clock.on("gate"):
             return why_not(model, self.example, self.modes)
+
+    def losses_after(self, model: nn.Module) -> tuple[list[float], str]:
+        """The loss on every batch of the probe after an edit, or why it cannot be measured any more."""
+        try:
+            return self.losses(model), ""
+        except Exception as error:
+            return [], f"the loss on the probe fails after the edit{user_line(error)}: {said(error)}"
 
     def refusal(self, model: nn.Module, reading: Reading | None, spent: float) -> str:
         """Why the network may not be as it is now; empty where it may.
@@ -151,19 +159,21 @@ class Trials:
                         after, undo = self.hands.attempt(edit, graph)
                         done.append(Trial(proposal, edit, graph, after, undo))
                         graph = after
-            reading, reason = None, self.gate.broken(self.hands.model)
+            reading, broken = None, self.gate.broken(self.hands.model)
+            after_losses, reason = self.gate.losses_after(self.hands.model) if before and not broken else ([], broken)
             if not reason:
-                reading = compare(before, self._losses()) if before else None
+                reading = compare(before, after_losses) if before else None
                 reason = self.gate.refusal(self.hands.model, reading, self.hands.spent)
         except EditError as error:
             self.hands.restore([trial.undo for trial in done])
-            return None, [], error.message
+            return None, [], str(error)
         except BaseException:
             self.hands.restore([trial.undo for trial in done])
             raise
         if reason:
             self.hands.restore([trial.undo for trial in done])
-            return reading, [], reason
+            still = broken and self.gate.broken(self.hands.model)
+            return reading, [], f"{reason}; without the edit it fails as well" if still else reason
         return reading, done, ""
 
     def _keep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -300,6 +300,24 @@ def _apply_to(
     sync_sizes(module, group, edit, names, grouped_tensors(graph), undo.attributes)
 
 
+def check_names(target: Mapping[str, Tensor], graph: ChannelGraph, names: Iterable[str]) -> dict[str, list[str]]:
+    """Under which names a mapping holds tensors of the graph; tied tensors have several.
+
+    Raises:
+        EditError: it holds one under a longer name alone.
+    """
+    held = {}
+    for name in names:
+        spellings = [name, *(a for a, first in graph.aliases.items() if first == name)]
+        held[name] = [s for s in spellings if s in target]
+        foreign = next((key for key in target if key.endswith(f".{name}")), None)
+        if not held[name] and foreign is not None and foreign not in graph.shapes:
+            raise EditError(
+                f"The averaged copy names '{name}' as '{foreign}'.", remedy="Key it by the model's own parameter names."
+            )
+    return held
+
+
 def _apply_to_mapping(
     target: MutableMapping[str, Tensor],
     graph: ChannelGraph,
@@ -309,14 +327,7 @@ def _apply_to_mapping(
     undo: Undo,
 ) -> None:
     """Edit what a mapping holds of a group, under any of the tied tensors' names."""
-    spelled = {name: [name, *(a for a, first in graph.aliases.items() if first == name)] for name in names}
-    held = {name: [s for s in spellings if s in target] for name, spellings in spelled.items()}
-    for name in names:
-        foreign = next((key for key in target if key.endswith(f".{name}")), None)
-        if not held[name] and foreign is not None and foreign not in graph.shapes:
-            raise EditError(
-                f"The averaged copy names '{name}' as '{foreign}'.", remedy="Key it by the model's own parameter names."
-            )
+    held = check_names(target, graph, names)
     old = {spelling: target[spelling] for spellings in held.values() for spelling in spellings}
     reads = [tensor for tensor, _ in edit.shift]
     shifted = changed_biases(target.get, group, edit) if all(tensor in target for tensor in reads) else {}

@@ -68,6 +68,11 @@ def _packages() -> tuple[str, ...]:
     return tuple(f"{home}{os.sep}" for home in homes)
 
 
+def said(error: BaseException) -> str:
+    """Type and first line of an exception; some say nothing."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}".rstrip(": ")
+
+
 def failing_hook(twin: nn.Module, error: BaseException) -> Hook | None:
     """The user's forward hook in which an error was raised, if it was one."""
     frames = [frame for frame, _ in _frames(error)]

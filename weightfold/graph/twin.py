@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from weightfold.graph.copies import Copier, structural_copy
 from weightfold.graph.export import Example, arguments, quiet
-from weightfold.graph.failures import failing_module, user_line
+from weightfold.graph.failures import failing_hook, failing_module, said, user_line
 from weightfold.graph.trace import canonical_names
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -188,7 +188,7 @@ def _kept_scalars(model: nn.Module) -> dict[str, Tensor]:
 
 
 def why_not(model: nn.Module, example: Example, modes: Sequence[bool] = (False, True)) -> str:
-    """Why the forward of a model as it is now fails on the example, with the module that failed; empty where it runs.
+    """Why the forward of a model as it is now fails on the example, and in which module or hook; empty where it runs.
 
     The model, its buffers and the random state are left alone.
 
@@ -204,10 +204,9 @@ def why_not(model: nn.Module, example: Example, modes: Sequence[bool] = (False, 
                 twin(*args, **kwargs)
         except Exception as error:
             mode = "training" if training else "evaluation"
-            text = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            where = failing_module(twin, error)
-            inside = f"'{where}'" if where else "the model itself"
-            return f"the forward in {mode} mode fails in {inside}{user_line(error)}: {text}"
+            hook, where = failing_hook(twin, error), failing_module(twin, error)
+            inside = f"the {hook.described(twin)}" if hook else f"'{where}'" if where else "the model itself"
+            return f"the forward in {mode} mode fails in {inside}{user_line(error)}: {said(error)}"
     return ""
 
 

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 Key = tuple[str, int]
 """(tensor, dimension) of a reading axis."""
 
+NO_STATISTICS = (
+    "At once: pass inputs, as in once(batches). "
+    "In a run: call the compressor's network in training mode before step(), or pass loss= and probe=."
+)
+"""What to do where a method needs statistics of inputs and there are none."""
+
 
 def _refuse_all(group: str, why: str) -> None:
     raise DataError(f"'{group}': {why}")

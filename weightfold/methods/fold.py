@@ -31,7 +31,17 @@ from weightfold.folding import Job
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.observe import SecondMoment, axis_rows, gather
 from weightfold.heads import HeadJob, partner_of
-from weightfold.methods.base import Key, Method, Moment, Proposal, Refused, check_liked, leaving_out, named_groups
+from weightfold.methods.base import (
+    NO_STATISTICS,
+    Key,
+    Method,
+    Moment,
+    Proposal,
+    Refused,
+    check_liked,
+    leaving_out,
+    named_groups,
+)
 from weightfold.plan import SHARES, AnyJob, Decision
 from weightfold.planner import Planner, knew_its_task
 from weightfold.redundancy import MAX_EXACT, choose, leading, readers_of
@@ -318,9 +328,7 @@ class Fold(Method):
         groups = self._groups(moment)
         seen = [g for g in groups if all(axis.key in statistics for axis in g.role("read"))]
         if groups and not seen:
-            raise DataError(
-                "No group has statistics to fold by.", remedy="Run some batches under an Observer of the same graph."
-            )
+            raise DataError("No group has statistics to fold by.", remedy=NO_STATISTICS)
         found = []
         for group in seen:
             with leaving_out(moment, group.name):

@@ -27,7 +27,7 @@ from weightfold.graph.apply import find_tensor
 from weightfold.graph.edit import remove
 from weightfold.graph.group import ChannelGroup
 from weightfold.graph.observe import axis_rows, gather
-from weightfold.methods.base import Method, Moment, Proposal, check_liked, leaving_out, named_groups
+from weightfold.methods.base import NO_STATISTICS, Method, Moment, Proposal, check_liked, leaving_out, named_groups
 from weightfold.size import MacModel
 from weightfold.widths import Grid, Widths, by_cost, uniform, uniform_for_macs
 
@@ -101,7 +101,7 @@ def _wanda(moment: Moment, group: ChannelGroup, _: bool) -> Tensor:
     score = torch.zeros(group.n_channels, dtype=torch.float64)
     for axis in group.role("read"):
         if axis.key not in moment.statistics:
-            raise DataError(f"'{axis.tensor}' has no statistics, which 'wanda' needs.", remedy="Observe some batches.")
+            raise DataError(f"'{axis.tensor}' has no statistics, which 'wanda' needs.", remedy=NO_STATISTICS)
         root = moment.statistics[axis.key].of(axis).second().diagonal().clamp_min(0).sqrt()
         score += sum((rows.abs().sum(1) * root for rows in axis_rows(moment.model, axis)), torch.zeros(()))
     return score
