@@ -24,7 +24,7 @@ from weightfold.graph import edit, proof
 from weightfold.graph.apply import apply
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.proof import prepared, proved, with_symmetries_proved
-from weightfold.graph.trials import KINDS, awake, kinds_of, rounds, trials_for, trials_on
+from weightfold.graph.trials import KINDS, _random_order, awake, kinds_of, rounds, trials_for, trials_on
 from weightfold.graph.twin import Limits, copy_within, numbers, twin_of, why_not
 
 C = 12
@@ -239,6 +239,16 @@ def test_symmetries_alone() -> None:
     graph = with_symmetries_proved(net, torch.randn(4, 5))
     assert {"permute", "rescale"} <= graph["a"].admits
     assert graph.proved.modes == ("evaluation",)
+
+
+@pytest.mark.parametrize("n", [2, 3, 12])
+def test_every_channel_moves_in_the_trial_of_a_permutation(n: int) -> None:
+    block = torch.arange(3 * n) % 3
+    for seed in range(20):
+        order = _random_order(3 * n, block, torch.Generator().manual_seed(seed))
+        assert bool((order != torch.arange(3 * n)).all())
+        assert torch.equal(order.sort().values, torch.arange(3 * n))
+        assert torch.equal(block[order], block)
 
 
 def test_dead_units_do_not_hide_a_wrong_edit() -> None:

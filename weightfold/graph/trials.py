@@ -271,10 +271,12 @@ def _found(graph: ChannelGraph, name: str) -> ChannelGroup | None:
 
 
 def _random_order(n: int, block: Tensor | None, generator: torch.Generator) -> Tensor:
+    """A random order in which every channel moves: one cycle within each block."""
     order = torch.arange(n)
     for b in [None] if block is None else torch.unique(block):
         mine = order.clone() if b is None else (block == b).nonzero().flatten()
-        order[mine] = mine[torch.randperm(len(mine), generator=generator)]
+        cycle = mine[torch.randperm(len(mine), generator=generator)]
+        order[cycle] = cycle.roll(1)
     return order
 
 
