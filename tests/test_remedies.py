@@ -114,6 +114,18 @@ def an_example_of_another_shape() -> tuple[Do, Do]:
     return lambda: traced(net, torch.zeros(2, 7)), lambda: traced(net, torch.zeros(2, 6))
 
 
+@remedy("model.eval()")
+def an_example_of_evaluation_alone() -> tuple[Do, Do]:
+    net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+    def right() -> None:
+        traced(net, X[:2])
+        net.eval()
+        traced(net, X[:1])
+
+    return lambda: traced(net, X[:1]), right
+
+
 @remedy("torch.where")
 def a_branch_on_data() -> tuple[Do, Do]:
     branched = Forward(lambda h: h.relu() if h.sum() > 0 else h.tanh())

@@ -126,7 +126,8 @@ def explain(twin: nn.Module, name: str, error: Exception, hook: Hook | None, *, 
             f"The forward of '{name}' runs on the example, but cannot be traced{where}: {what}",
             remedy="Compute this by operators of torch on tensors, or keep it out of the forward.",
         )
+    mode, call = ("training", "eval") if twin.training else ("evaluation", "train")
     return TraceError(
-        f"The forward of '{name}' fails on the example{where}: {what}",
-        remedy="Pass an example with the shapes and types that the model takes in training.",
+        f"The forward of '{name}' in {mode} mode fails on the example{where}: {what}",
+        remedy=f"Pass an example with the shapes and types that the model takes in {mode}, or call model.{call}() first.",
     )
