@@ -129,5 +129,5 @@ def explain(twin: nn.Module, name: str, error: Exception, hook: Hook | None, *, 
     mode, call = ("training", "eval") if twin.training else ("evaluation", "train")
     return TraceError(
         f"The forward of '{name}' in {mode} mode fails on the example{where}: {what}",
-        remedy=f"Pass an example with the shapes and types that the model takes in {mode}, or call model.{call}() first.",
+        remedy=f"Pass an example with the shapes and types that the model takes in {mode}; or call model.{call}().",
     )
