@@ -55,6 +55,7 @@ from weightfold.weights.work import (
     scores_of,
     signs_of,
     tensors_of,
+    touched_twice,
 )
 
 Method = Literal["weights", "activations"]
@@ -152,6 +153,25 @@ def align_tensors(
 
 
 def _by_weights(work: Work) -> int:
+    """Coordinate descent from what is settled; where layers read themselves, from the order as it is too.
+
+    The first sweep over a recurrent layer sees only its inputs and biases. If these tell little, channels that stood
+    right may be moved for good, so the better of both ends counts.
+    """
+    if not any(touched_twice(work.places(group)) for group in in_reach(work.found)):
+        return _descend(work)
+    other = Work(work.found, work.a, dict(work.b), dict(work.orders), list(work.notes), work.folded, work.least)
+    sweeps = _descend(work) + _descend(other, as_is=True)
+    if _inner(other) > _inner(work):
+        work.b, work.orders, work.notes = other.b, other.orders, other.notes
+    return sweeps
+
+
+def _inner(work: Work) -> float:
+    return sum(float((work.a[name].double() * value.double()).sum()) for name, value in work.b.items())
+
+
+def _descend(work: Work, *, as_is: bool = False) -> int:
     """Coordinate descent; a group is looked at again only if a neighbour of it has moved."""
     match_gains(work)
     groups = in_reach(work.found)
@@ -159,7 +179,7 @@ def _by_weights(work: Work) -> int:
     near = {g: {h for h in touched if h != g and touched[g] & touched[h]} for g in touched}
     open_ = set(touched)
     settled: set[str] = set()
-    for group in groups:
+    for group in () if as_is else groups:
         slots = _settled_slots(work, group, settled)
         if _match(work, group, slots):
             open_ |= near[group.name]
@@ -206,9 +226,13 @@ def _lively_example(example: Example) -> Example:
 
 
 def _settled_slots(work: Work, group: Members, settled: set[str]) -> tuple[Slot, ...]:
-    """The slots of a group in tensors whose other dimensions are settled; all, if there are none."""
+    """The slots of a group in tensors whose other dimensions are settled; all, if there are none.
+
+    A tensor that the group touches along two dimensions (recurrent weights) is not settled: comparing its rows asks for
+    the very order of columns that is sought.
+    """
     mine = work.places(group)
-    open_ = {
+    open_ = touched_twice(mine) | {
         s.tensor
         for other in work.found.members
         if other.free and other.n > 1 and other.name not in settled and other.name != group.name

@@ -57,7 +57,8 @@ def in_reach(found: Symmetries) -> list[Members]:
 
         def share(group: Members) -> float:
             names = {s.tensor for s in graph_slots(found, group)}
-            known = sum(numbers[t] for t in names if grouped[t] <= done | {group.name})
+            both = touched_twice(graph_slots(found, group))
+            known = sum(numbers[t] for t in names - both if grouped[t] <= done | {group.name})
             return known / max(1, sum(numbers[t] for t in names))
 
         best = max(left, key=share)
@@ -65,6 +66,14 @@ def in_reach(found: Symmetries) -> list[Members]:
         done.add(best.name)
         order.append(best)
     return order
+
+
+def touched_twice(slots: tuple[Slot, ...]) -> set[str]:
+    """Tensors that a group touches along more than one dimension: its channels write what they read themselves."""
+    dims: dict[str, set[int]] = {}
+    for slot in slots:
+        dims.setdefault(slot.tensor, set()).add(slot.dim)
+    return {tensor for tensor, found in dims.items() if len(found) > 1}
 
 
 def tensors_of(found: Symmetries, model: nn.Module) -> dict[str, Tensor]:
