@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from weightfold.errors import ConfigError, GraphError
 from weightfold.weights.align import align
-from weightfold.weights.canon import canonical, semantic_hash
+from weightfold.weights.canon import canonical, hash_of, same_hash, semantic_hash
+from weightfold.weights.compare import untied_symmetries
 from weightfold.weights.difference import difference
+from weightfold.weights.disguise import disguise
+from weightfold.weights.facts import facts
 from weightfold.weights.merge import (
     align_all,
     average,
@@ -27,6 +30,7 @@ from weightfold.weights.merge import (
 )
 from weightfold.weights.path import between
 from weightfold.weights.soft import soft
+from weightfold.weights.symmetry import symmetries
 from weightfold.weights.ties import owners_of, untied
 
 TOKENS = torch.arange(24).reshape(4, 6) % 12
@@ -191,6 +195,59 @@ def test_aligning_tied_and_untied_keeps_the_second_function(pair: tuple[nn.Modul
         for turned in (align(a, b, x).model, align_all([a, b], x)[1]):
             assert torch.allclose(turned(x), b(x), atol=1e-4)
     assert difference(tied, untied(tied), x).moved < 1e-6
+
+
+def test_a_tied_model_and_its_untied_copy_hash_alike(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    tied, _, x = pair
+    twin = untied(tied)
+    text = semantic_hash(tied, x)
+    assert text == semantic_hash(twin, x)
+    other = disguise(twin, x, torch.Generator().manual_seed(0))
+    assert any(not torch.equal(p, q) for p, q in zip(other.parameters(), twin.parameters(), strict=True))
+    assert torch.allclose(other(x), tied(x), atol=1e-4)
+    assert same_hash(text, semantic_hash(other, x))
+    assert facts(tied, x)["hash"] == text == semantic_hash(tied, x, found=symmetries(tied, x))
+    assert semantic_hash(tied, x, found=untied_symmetries(tied, x)) == text
+    with torch.no_grad():
+        last = list(twin.parameters())[-1]
+        last.reshape(-1)[0] += 0.1
+    assert not same_hash(text, semantic_hash(twin, x))
+
+
+class TwoPaths(nn.Module):
+    """A layer that stands under two names and runs once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.net = nn.Sequential(self.first, nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_a_second_path_to_a_layer_is_no_weight() -> None:
+    model, x = drawn(TwoPaths(), 3), torch.zeros(1, 4)
+    assert set(untied_symmetries(model, x).shapes) == set(symmetries(model, x).shapes)
+    twin = disguise(model, x, torch.Generator().manual_seed(0))
+    assert not torch.equal(twin.first.weight, model.first.weight)
+    assert same_hash(semantic_hash(model, x), semantic_hash(twin, x))
+
+
+def test_symmetries_of_another_tie_are_not_used() -> None:
+    tied, free = drawn(LM("parameter"), 1), drawn(LM(), 2)
+    apart = untied_symmetries(tied, TOKENS)
+    for model, found in ((tied, apart), (tied, symmetries(free, TOKENS)), (free, symmetries(tied, TOKENS))):
+        for twin in (
+            canonical(model, TOKENS, found=found, centre_logits=False),
+            align(free, model, TOKENS, found=found).model,
+        ):
+            assert torch.allclose(twin(TOKENS), model(TOKENS), atol=1e-4)
+    with pytest.raises(GraphError, match=r"'head.weight' is tied to 'embed.weight'[\s\S]*untied_symmetries"):
+        hash_of(symmetries(tied, TOKENS), free.state_dict())
+    assert same_hash(hash_of(apart, free.state_dict()), semantic_hash(free, TOKENS))
+    once = {name: value for name, value in tied.state_dict().items() if name != "head.weight"}
+    assert hash_of(apart, once) == semantic_hash(tied, TOKENS)
 
 
 # numbers that are not finite ------------------------------------------------------------------------------------------

@@ -31,9 +31,10 @@ from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply, find_tensor, put_tensor
 from weightfold.graph.trace import Example
 from weightfold.weights.colours import Colours, colours, sketches
+from weightfold.weights.compare import fitting, untied_symmetries
 from weightfold.weights.nodes import ODD, ROTATED, K, fixed, nodes
 from weightfold.weights.point import Point, checked, multiply_, point, points
-from weightfold.weights.symmetry import Members, Symmetries, symmetries
+from weightfold.weights.symmetry import Members, Symmetries
 
 VERSION = "wf1"
 N_NUMBERS = 16
@@ -70,7 +71,7 @@ def canonical(
         >>> bool(torch.allclose(twin(x).softmax(1), net(x).softmax(1), atol=1e-5))
         True
     """
-    found = symmetries(model, example) if found is None else found
+    found = fitting(found, model, example)
     state = model.state_dict()
     where = point(found, state, centre_logits=centre_logits)
     marks, seen = _marks(found, where)
@@ -99,7 +100,7 @@ def balanced(model: nn.Module, example: Example, *, found: Symmetries | None = N
         >>> bool(torch.allclose(inward, twin[2].weight.norm(dim=0), rtol=1e-4))
         True
     """
-    found = symmetries(model, example) if found is None else found
+    found = fitting(found, model, example)
     twin = copy.deepcopy(model).eval()
     if not found.norms:
         state = model.state_dict()
@@ -119,8 +120,13 @@ def semantic_hash(
 ) -> str:
     """Hash what a model computes, whatever the order, scale and sign of its channels.
 
-    Compare two with `same_hash`; equal texts are equal models, but equal models may differ in the last digits.
+    Compare two with `same_hash`; equal texts are equal models, but equal models may differ in the last digits. A model
+    whose tensors are tied and its untied copy, which compute the same, hash alike.
 
+    Args:
+        found: what `untied_symmetries` returns for the architecture, if it is at hand.
+    Raises:
+        GraphError: a weight is not finite; names it.
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> before = semantic_hash(net, torch.zeros(1, 4))
@@ -133,7 +139,7 @@ def semantic_hash(
         >>> same_hash(before, semantic_hash(net, torch.zeros(1, 4)))
         False
     """
-    found = symmetries(model, example) if found is None else found
+    found = untied_symmetries(model, example, found)
     return hash_of(found, model.state_dict(), centre_logits=centre_logits)
 
 

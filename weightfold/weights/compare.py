@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from weightfold.weights.symmetry import Symmetries, symmetries
 from weightfold.weights.ties import common_owners, owners_of, untied
 
 N_SHOWN = 5
+UNREAD = "is not used by the traced forward"
+"""The reason for which a tensor that the forward does not read is frozen."""
 PAIR = ("the first model", "the second model")
 
 
@@ -79,7 +81,50 @@ def alike(models: Sequence[nn.Module], roles: Sequence[str] = ()) -> list[nn.Mod
 def fitting(found: Symmetries | None, model: nn.Module, example: Example) -> Symmetries:
     """Symmetries that are at hand, if they are of a model with these ties; otherwise the model's own."""
     tied = {name: owner for name, owner in owners_of(model).items() if name != owner}
-    return found if found is not None and dict(found.graph.aliases) == tied else symmetries(model, example)
+    if found is not None and dict(found.graph.aliases) == tied and found.shapes.keys().isdisjoint(tied):
+        return found
+    return symmetries(model, example)
+
+
+def untied_symmetries(model: nn.Module, example: Example, found: Symmetries | None = None) -> Symmetries:
+    """The symmetries of the same function with nothing tied, under which a model and its untied copy are one.
+
+    A name that the forward does not read stays with one that it does: a second path to a layer is no weight.
+    ``graph.aliases`` says what is one tensor in the model, for files that hold it once.
+
+    Args:
+        found: returned if it is these.
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4, bias=False))
+        >>> net[1].weight = net[0].weight
+        >>> [list(made(net, torch.tensor([0])).shapes) for made in (symmetries, untied_symmetries)]
+        [['0.weight'], ['0.weight', '1.weight']]
+    """
+    held = owners_of(model)
+    tied = {name: owner for name, owner in held.items() if name != owner}
+    if not tied:
+        return fitting(found, model, example)
+    if found is not None and dict(found.graph.aliases) == tied and not found.shapes.keys().isdisjoint(tied):
+        return found
+    found = symmetries(untied(model), example)
+    unread = {f.tensor for f in found.graph.frozen if f.reason == UNREAD}
+    owners = _with_readers(held, unread)
+    if any(name != owner for name, owner in owners.items()):
+        found = symmetries(untied(model, owners), example)
+    return replace(found, graph=replace(found.graph, aliases=tied))
+
+
+def _with_readers(held: Mapping[str, str], unread: Collection[str]) -> dict[str, str]:
+    """The first name of each tensor once those that are read stand apart, each unread one with the first that is."""
+    together: dict[str, list[str]] = {}
+    for name, owner in held.items():
+        together.setdefault(owner, []).append(name)
+    out = dict(zip(held, held, strict=True))
+    for names in together.values():
+        lead = next((name for name in names if name not in unread), names[0])
+        one = [name for name in names if name == lead or name in unread]
+        out |= dict.fromkeys(one, one[0])
+    return out
 
 
 def require_finite(states: Sequence[Mapping[str, Tensor]], roles: Sequence[str] = ()) -> None:

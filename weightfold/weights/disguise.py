@@ -12,7 +12,8 @@ from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply, find_tensor, put_tensor
 from weightfold.graph.trace import Example
 from weightfold.weights.balance import put_rows_, rows_of
-from weightfold.weights.symmetry import Symmetries, symmetries
+from weightfold.weights.compare import fitting
+from weightfold.weights.symmetry import Symmetries
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def disguise(
         >>> bool(torch.allclose(twin(torch.ones(1, 4)), net(torch.ones(1, 4)), atol=1e-5))
         True
     """
-    found = symmetries(model, example) if found is None else found
+    found = fitting(found, model, example)
     twin = copy.deepcopy(model)
     if spread:
         _mix_(twin, found, generator, spread)

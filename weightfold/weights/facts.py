@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.graph.trace import Example
-from weightfold.weights.canon import hash_of
+from weightfold.weights.canon import semantic_hash
+from weightfold.weights.compare import fitting
 from weightfold.weights.point import Point, point
 from weightfold.weights.spectra import Spectrum, spectra
-from weightfold.weights.symmetry import Members, Symmetries, symmetries
+from weightfold.weights.symmetry import Members, Symmetries
 from weightfold.weights.work import rows_float
 
 ALIKE = 0.999
@@ -40,12 +41,12 @@ def facts(model: nn.Module, example: Example, *, found: Symmetries | None = None
         >>> told["symmetries"]["permutations"], [g["name"] for g in told["groups"]]
         (8, ['0'])
     """
-    found = symmetries(model, example) if found is None else found
+    found = fitting(found, model, example)
     where = point(found, model.state_dict(), centre_logits=False)
     groups = [redundancy(where, g) for g in found.members if g.kind == "channels" and g.n > 1]
     layers = spectra(model)
     return {
-        "hash": hash_of(found, model.state_dict()),
+        "hash": semantic_hash(model, example, found=found),
         "parameters": sum(p.numel() for p in model.parameters()),
         "symmetries": _counts(found),
         "groups": groups,

@@ -85,15 +85,24 @@ def checked(found: Symmetries, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     Raises:
         GraphError: names the tensor and both shapes.
     """
-    aliases = found.graph.aliases
-    held = {aliases.get(name, name): value for name, value in state.items()}
+    together: dict[str, list[str]] = {}
+    for name in dict.fromkeys((*found.graph.aliases.values(), *found.graph.aliases)):
+        together.setdefault(found.graph.aliases.get(name, name), []).append(name)
     out = {}
     for name, shape in found.shapes.items():
         if "@" in name:
             continue
-        if name not in held:
+        same = together.get(found.graph.aliases.get(name, name), [])
+        there = [n for n in (name, *same) if n in state]
+        if not there:
             raise GraphError(f"The weights lack '{name}' {shape}.", remedy="They belong to another architecture.")
-        value = held[name]
+        value = state[there[0]]
+        for other in there[1:]:
+            if other not in found.shapes and not _equal(state[other], value):
+                raise GraphError(
+                    f"'{other}' is tied to '{name}' in the symmetries; these weights hold two tensors there.",
+                    remedy="Pass symmetries of the untied model: untied_symmetries(model, example).",
+                )
         if tuple(value.shape) != shape:
             raise GraphError(
                 f"'{name}' has shape {tuple(value.shape)}; the model's is {shape}.",
@@ -104,6 +113,10 @@ def checked(found: Symmetries, state: Mapping[str, Tensor]) -> dict[str, Tensor]
             raise GraphError(f"'{name}' holds NaN or infinite numbers.", remedy=remedy_for(value))
         out[name] = value
     return out
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def fold_norm_(tensors: dict[str, Tensor], norm: Norm) -> None:

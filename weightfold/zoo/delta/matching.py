@@ -20,7 +20,7 @@ from torch import Tensor
 from weightfold.graph import Gauge
 from weightfold.graph.layout import from_front, to_front
 from weightfold.weights.symmetry import Members, Slot, Symmetries
-from weightfold.weights.work import assign, graph_slots, in_reach, permute_
+from weightfold.weights.work import assign, graph_slots, in_reach, permute_, touched_twice
 from weightfold.zoo.delta.moves import FINE_DIGITS, Alignment, Factors, Order, Place, rounded
 from weightfold.zoo.delta.predicted import REAL
 
@@ -181,6 +181,7 @@ def _settled(pair: _Pair, group: Members, settled: set[str]) -> tuple[Slot, ...]
         for s in graph_slots(pair.found, other)
     }
     mine = pair.slots(group)
+    open_ |= touched_twice(mine)
     found = tuple(s for s in mine if s.tensor not in open_)
     return found if any(pair.child[s.tensor].ndim > 1 for s in found) else mine
 

@@ -27,8 +27,8 @@ from weightfold.export.opened import open_model
 from weightfold.export.saved import structure_of
 from weightfold.graph.trace import Example, arguments
 from weightfold.runtime.require import quiet
-from weightfold.weights.compare import differences
-from weightfold.weights.symmetry import Symmetries, symmetries
+from weightfold.weights.compare import differences, untied_symmetries
+from weightfold.weights.symmetry import Symmetries
 from weightfold.zoo.exchange.imports import Imported
 from weightfold.zoo.find import embed
 
@@ -187,7 +187,7 @@ def _reasoned(build: Any, structure: Structure | None) -> Traced:
     try:
         with quiet():
             model, example = build()
-            return Traced(symmetries(model.eval(), example), None, structure)
+            return Traced(untied_symmetries(model.eval(), example), None, structure)
     except WeightfoldError as error:
         return Traced(None, error.message, structure)
     except Exception as error:  # tracing runs the model's own code
