@@ -185,8 +185,9 @@ def test_an_architecture_is_traced_once(zoo: Zoo, monkeypatch: pytest.MonkeyPatc
     from weightfold.zoo.exchange import describe
 
     traced: list[object] = []
-    real = describe.symmetries
-    monkeypatch.setattr(describe, "symmetries", lambda model, example: traced.append(model) or real(model, example))
+    real = describe.untied_symmetries
+    counted = lambda model, example: traced.append(model) or real(model, example)  # noqa: E731
+    monkeypatch.setattr(describe, "untied_symmetries", counted)
     zoo.add_many([net(seed) for seed in range(4)], example=EXAMPLE)
     zoo.add(net(5), example=EXAMPLE)
     assert len(traced) == 1

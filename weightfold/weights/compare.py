@@ -55,13 +55,14 @@ def require_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
         )
 
 
-def alike(models: Sequence[nn.Module], roles: Sequence[str] = ()) -> list[nn.Module]:
+def alike(models: Sequence[nn.Module], roles: Sequence[str] = (), loose: Collection[str] = ()) -> list[nn.Module]:
     """Models of one architecture and finite weights, each tie of which is a tie of all: the only door to mixing them.
 
     What is tied in some and not in all is untied in a copy, which computes the same.
 
     Args:
         roles: what each model is to the caller, for messages; "model 2 of 3" by default.
+        loose: names of tensors that all hold, but perhaps in other shapes.
     Raises:
         GraphError: the architectures differ, or a tensor holds NaN or infinity; says where, and in which model.
     Example:
@@ -72,8 +73,9 @@ def alike(models: Sequence[nn.Module], roles: Sequence[str] = ()) -> list[nn.Mod
     """
     states = [weights_of(model) for model in models]
     require_finite(states, roles)
-    for state in states[1:]:
-        require_alike(states[0], state)
+    same = [{n: t.new_empty(0) if n in loose else t for n, t in state.items()} for state in states]
+    for state in same[1:]:
+        require_alike(same[0], state)
     owners = common_owners(models)
     return [untied(model, owners) for model in models]
 

@@ -27,8 +27,9 @@ from weightfold.errors import ConfigError, DataError, GraphError
 from weightfold.graph.trace import Example
 from weightfold.stats.running import call, evaluating
 from weightfold.stats.taps import tapped
-from weightfold.weights.align import align
-from weightfold.weights.compare import Gate, alike, cosine, differences, fitting, weights_of
+from weightfold.weights.adapters import FOLD, adapters_of, factor_, multiplied, require_same_numbers
+from weightfold.weights.align import align, loaded
+from weightfold.weights.compare import Gate, alike, cosine, differences, fitting, require_alike, weights_of
 from weightfold.weights.finite import holes
 from weightfold.weights.symmetry import Symmetries
 from weightfold.weights.ties import owners_of, tie_differences
@@ -143,6 +144,7 @@ def fisher(models: Sequence[nn.Module], information: Sequence[Mapping[str, Tenso
     if len(information) != len(states):
         raise ConfigError(f"There are {len(states)} models and {len(information)} tables of Fisher information.")
     names = owners_of(models[0])
+    _require_no_factors(models, states, information)
     out = {}
     for n in states[0]:
         known = _information(n, given, names, information)
@@ -154,6 +156,17 @@ def fisher(models: Sequence[nn.Module], information: Sequence[Mapping[str, Tenso
         values = torch.stack([s[n].double() for s in states])
         out[n] = (stack * values).sum(0) / stack.sum(0)
     return _loaded(models[0], out)
+
+
+def _require_no_factors(
+    models: Sequence[nn.Module], states: Sequence[State], tables: Sequence[Mapping[str, Tensor]]
+) -> None:
+    for a in adapters_of(models[0]):
+        if any(a.down in table or a.up in table for table in tables) and any(bool(s[a.product].any()) for s in states):
+            raise GraphError(
+                f"'{a.up}' and '{a.down}' are factors of an adapter: Fisher information of each is not that of B A.",
+                remedy=FOLD,
+            )
 
 
 def _information(
@@ -213,8 +226,10 @@ def regmean(models: Sequence[nn.Module], grams: Sequence[Mapping[str, Tensor]], 
         raise ConfigError(f"There are {len(states)} models and {len(grams)} sets of Gram matrices.")
     out = {n: torch.stack([s[n].double() for s in states]).mean(0) for n in states[0]}
     owners, modules = owners_of(models[0]), dict(models[0].named_modules(remove_duplicate=False))
+    readers = {a.product: [a.down] for a in adapters_of(models[0])}  # A reads what the product reads
     for name in states[0]:
-        paths = [n.rpartition(".")[0] for n, owner in owners.items() if owner == name and n.endswith("weight")]
+        names = readers.get(name) or [n for n, owner in owners.items() if owner == name]
+        paths = [n.rpartition(".")[0] for n in names if n.endswith("weight")]
         layers = [path for path in paths if any(path in g for g in grams)]
         if not layers or {id(modules[path]) for path in paths} != {id(modules[path]) for path in layers}:
             continue  # a tensor that is read in another way too, as an embedding is, has no such solution
@@ -256,13 +271,19 @@ def align_all(
     for _ in range(rounds if len(models) > 2 else 0):
         moved = False
         for i in range(len(aligned)):
-            rest = average([m for j, m in enumerate(aligned) if j != i])
+            rest = _middle([m for j, m in enumerate(aligned) if j != i])
             turned = align(rest, aligned[i], example, found=found)
             if turned.cosine_after > turned.cosine_before + 1e-9:
                 aligned[i], moved = turned.model, True
         if not moved:
             break
     return aligned
+
+
+def _middle(models: Sequence[nn.Module]) -> nn.Module:
+    """The mean name by name, factors of adapters too: what alignment compares."""
+    states = [weights_of(model) for model in models]
+    return loaded(models[0], {n: torch.stack([s[n].double() for s in states]).mean(0) for n in states[0]})
 
 
 # the gate -------------------------------------------------------------------------------------------------------------
@@ -288,14 +309,22 @@ def gate(
     for which, state in (("first", one), ("second", two)):
         for name in holes(state):
             return Gate("no", (f"'{name}' of the {which} model holds NaN or infinite numbers",))
+    factors = adapters_of(a), adapters_of(b)
+    one, two = multiplied(one, factors[0]), multiplied(two, factors[1])
     differ = differences(one, two)
     if any("lacks" in text for text in differ):
         return Gate("no", tuple(f"they have other layers: {text}" for text in differ[:5]))
     if differ:
         return Gate("softly", tuple(f"widths differ: {text}" for text in differ[:5]))
-    ties = tuple(f"{text}: untied for the merge" for text in tie_differences([a, b]))
+    notes = tuple(f"{text}: untied for the merge" for text in tie_differences([a, b]))
+    notes += tuple(f"'{p.up}' and '{p.down}' are factors (LoRA): merged by their product" for p in adapters_of(a))
     if all(torch.equal(one[n], two[n]) for n in one):
-        return Gate("as they are", ("they are equal, byte for byte", *ties), 1.0, 1.0)
+        return Gate("as they are", ("they are equal, byte for byte", *notes), 1.0, 1.0)
+    now = cosine(one, two)
+    if factors[0] and now >= CLOSE:
+        return Gate("as they are", (f"weights point the same way, adapters multiplied (cosine {now:.2f})", *notes), now)
+    if differ := differences(weights_of(a), weights_of(b)):
+        return Gate("no", (f"their adapters have other ranks, so they cannot be aligned: {differ[0]}", *notes), now)
     a, b = alike([a, b])
     found = fitting(found, a, example)
     turned = align(a, b, example, found=found)
@@ -304,13 +333,13 @@ def gate(
     now, then = turned.cosine_before, turned.cosine_after
     if now >= CLOSE and then - now < 0.05:
         why = f"weights point the same way (cosine {now:.2f}), as models of one family do; alignment adds nothing"
-        return Gate("as they are", (why, *ties), now, then, chance)
+        return Gate("as they are", (why, *notes), now, then, chance)
     if then > max(chance + 0.02, 1.2 * chance):
         why = f"alignment raises the cosine from {now:.2f} to {then:.2f}; shuffled weights reach {chance:.2f}"
         rest = () if then >= CLOSE else ("they share little beyond the task: expect a barrier, and repair",)
-        return Gate("after alignment", (why, *rest, *ties), now, then, chance)
+        return Gate("after alignment", (why, *rest, *notes), now, then, chance)
     why = f"alignment reaches a cosine of {then:.2f}, shuffled weights {chance:.2f}: nothing in common is found"
-    return Gate("no", (why, *ties), now, then, chance)
+    return Gate("no", (why, *notes), now, then, chance)
 
 
 def _shuffled(model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -334,9 +363,15 @@ def _states(models: Sequence[nn.Module], roles: Sequence[str] = ()) -> tuple[lis
     """The models, alike in their ties, and their weights, each tied one once."""
     if not models:
         raise ConfigError("There are no models to merge.")
-    models = alike(models, roles)
+    adapters = [adapters_of(model) for model in models]
+    models = alike(models, roles, {name for each in adapters for a in each for name in (a.down, a.up)})
     owners = owners_of(models[0])
-    return models, [{n: t for n, t in weights_of(m).items() if owners.get(n, n) == n} for m in models]
+    states = [multiplied(weights_of(m), each) for m, each in zip(models, adapters, strict=True)]
+    products = [{a.product: state[a.product] for a in each} for state, each in zip(states, adapters, strict=True)]
+    for other in products[1:]:
+        require_alike(products[0], other)
+    require_same_numbers(models, adapters[0])
+    return models, [{n: t for n, t in state.items() if owners.get(n, n) == n} for state in states]
 
 
 def _deltas(base: nn.Module, models: Sequence[nn.Module]) -> tuple[nn.Module, State, list[State]]:
@@ -349,7 +384,11 @@ def _deltas(base: nn.Module, models: Sequence[nn.Module]) -> tuple[nn.Module, St
 def _loaded(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     twin = copy.deepcopy(model)
     own = twin.state_dict()
+    adapters = adapters_of(twin)
+    made = {a.product for a in adapters} | {a.bias for a in adapters}
     with torch.no_grad():
         for name, value in state.items():
-            own[name].copy_(value)
+            if name not in made:
+                own[name].copy_(value)
+    factor_(twin, state, adapters)
     return twin
