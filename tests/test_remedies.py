@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,39 +16,18 @@ from torch.optim.swa_utils import AveragedModel
 
 import weightfold as wf
 from weightfold.audit import read_history
-from weightfold.errors import WeightfoldError
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply
 from weightfold.replay import rebuild, take_back
 
-Do = Callable[[], Any]
-Case = Callable[..., tuple[Do, Do]]
-CASES: dict[str, tuple[Case, tuple[str, ...]]] = {}
+from .remedies import Do, Table
+
+CASES = Table()
+remedy = CASES.remedy
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(64) % 3
 PROBE = [(X[:32], Y[:32]), (X[32:], Y[32:])]
 LOSS = F.cross_entropy
-
-
-def remedy(*parts: str) -> Callable[[Case], Case]:
-    """Enter a case, which makes what goes wrong and what its remedy says; the remedy's text holds all parts."""
-
-    def entered(case: Case) -> Case:
-        CASES[case.__name__] = case, parts
-        return case
-
-    return entered
-
-
-def _second_line(wrong: Do) -> str:
-    """The remedy of an error that is raised, or of an event that is refused."""
-    try:
-        events = wrong()
-    except WeightfoldError as error:
-        return error.remedy or "none"
-    refused = [event for event in events if not event.accepted]
-    assert refused, f"nothing went wrong: {events}"
-    return refused[0].reason.partition("\n")[2]
 
 
 def all_accepted(events: list[Any]) -> None:
@@ -688,9 +666,4 @@ def a_penalty_that_is_left_out() -> tuple[Do, Do]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_remedy_works(name: str, tmp_path: Path) -> None:
-    case, parts = CASES[name]
-    torch.manual_seed(0)
-    wrong, right = case(tmp_path) if inspect.signature(case).parameters else case()
-    text = _second_line(wrong)
-    assert all(part in text for part in parts), text
-    right()
+    CASES.follow(name, tmp_path)

@@ -42,7 +42,7 @@ def test_it_survives_a_file(tmp_path: Path) -> None:
 def test_plain_weights_are_not_a_model(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     save_file({"w": torch.zeros(3, 2)}, path)
-    with pytest.raises(ArtifactError, match="weightfold did not write it"):
+    with pytest.raises(ArtifactError, match="not written by weightfold"):
         read_structure(path)
 
 

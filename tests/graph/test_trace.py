@@ -304,3 +304,9 @@ def test_the_hash_seed_does_not_matter() -> None:
         printed.append(done.stdout)
     assert printed[0] == printed[1]
     assert len(printed[0]) > 1000
+
+
+def test_a_network_without_parameters_has_no_groups() -> None:
+    for net in (nn.Identity(), nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Softmax(1))):
+        graph = trace(net, torch.zeros(2, 3, 4))
+        assert (graph.groups, graph.frozen) == ((), ())

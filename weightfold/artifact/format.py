@@ -118,7 +118,7 @@ def read_structure(path: Path) -> tuple[Structure, Header]:
     text = header.metadata.get(KEY)
     if text is None:
         raise ArtifactError(
-            f"'{path}' holds tensors, but not how to build the model: weightfold did not write it.",
+            f"'{path}' holds tensors, but not how to build the model: it was not written by weightfold.",
             remedy="Pass the model together with this file as its weights.",
         )
     return parse_structure(text, str(path)), header

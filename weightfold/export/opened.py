@@ -67,7 +67,7 @@ def open_model(
     if path.is_dir() and not Path(spec, "config.json").is_file():
         raise ArtifactError(
             f"The folder '{spec}' holds neither a run (model.safetensors) nor a Hugging Face model (config.json).",
-            remedy="A run that was interrupted has no model yet: go on with weightfold train --resume.",
+            remedy=f"A run that was interrupted has no model yet: go on with weightfold train --resume {spec}",
         )
     task = task or (_task_for(spec, inputs) if spec in NAMES else None)
     builder = _builder(spec, task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -60,8 +61,8 @@ class Builder:
         order = np.argsort(family[base.comp[rows]], kind="stable")
         rows = rows[order]
         of = family[base.comp[rows]]
-        starts = np.flatnonzero(np.r_[True, of[1:] != of[:-1]]) if len(rows) else []
-        for start, end in zip(starts, [*list(starts[1:]), len(rows)], strict=True):
+        edge = len(rows) > 0  # a network without parameters has no groups
+        for start, end in pairwise(np.flatnonzero(np.r_[edge, of[1:] != of[:-1], edge])):
             group = self._channel_group(rows[start:end], block, bad)
             if group is not None:
                 groups.append(group)

@@ -138,7 +138,8 @@ def _read_run(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{path}' cannot be read: {error}", remedy="Pass the folder of a finished run.") from None
     if not isinstance(run, dict) or "results" not in run:
         raise ArtifactError(
-            f"The run in '{path.parent}' is not finished.", remedy="Go on with it: weightfold train --resume."
+            f"The run in '{path.parent}' is not finished.",
+            remedy=f"Go on with it: weightfold train --resume {path.parent}",
         )
     return run
 

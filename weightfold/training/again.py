@@ -204,7 +204,10 @@ def _config(run: Mapping[str, Any], threads: int | None, device: str | None, mak
 def _result(history: History) -> Mapping[str, Any]:
     found = next((entry.body for entry in reversed(history.entries) if entry.kind == "result"), None)
     if found is None or "folded" not in found["arms"]:
-        raise ArtifactError(f"The run of '{history.path}' is not finished.", remedy="weightfold train --resume")
+        raise ArtifactError(
+            f"The run of '{history.path}' is not finished.",
+            remedy=f"Go on with it: weightfold train --resume {Path(history.path).parent}",
+        )
     return found
 
 
@@ -321,7 +324,8 @@ def _taken_back(
     made = rebuild(twin, _task(run).example(), history, ledger.get_blob)
     if made.difference is not None:
         raise ArtifactError(
-            f"The network of '{folder}' cannot be rebuilt. {made.difference}", remedy="weightfold ledger replay"
+            f"The network of '{folder}' cannot be rebuilt. {made.difference}",
+            remedy=f"See where it departs: weightfold ledger replay {folder}",
         )
     source = open_model(str(folder / files.MODEL), maker=maker)
     return source, _undo(source.model, made, ledger.get_blob, seq), history

@@ -49,9 +49,9 @@ def require_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
         widths = not any("lacks" in text for text in found)
         raise GraphError(
             f"The models differ in architecture: {'; '.join(found[:N_SHOWN])}{more}.",
-            remedy="Models of the same layers and other widths can be matched softly: method 'soft'."
+            remedy="Bring one to the widths of the other by soft(a, b, example) of weightfold.weights.soft."
             if widths
-            else "Only models of the same layers can be aligned.",
+            else "Pass models of the same layers: only widths may differ, and those by soft matching.",
         )
 
 

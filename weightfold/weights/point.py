@@ -95,7 +95,9 @@ def checked(found: Symmetries, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         same = together.get(found.graph.aliases.get(name, name), [])
         there = [n for n in (name, *same) if n in state]
         if not there:
-            raise GraphError(f"The weights lack '{name}' {shape}.", remedy="They belong to another architecture.")
+            raise GraphError(
+                f"The weights lack '{name}' {shape}.", remedy="Pass weights of the model that the symmetries are of."
+            )
         value = state[there[0]]
         for other in there[1:]:
             if other not in found.shapes and not _equal(state[other], value):
@@ -106,7 +108,7 @@ def checked(found: Symmetries, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         if tuple(value.shape) != shape:
             raise GraphError(
                 f"'{name}' has shape {tuple(value.shape)}; the model's is {shape}.",
-                remedy="The weights belong to another architecture.",
+                remedy="Pass weights of the model that the symmetries are of.",
             )
         value = value.detach().cpu().to(torch.float64, copy=True)
         if not is_finite(value):
