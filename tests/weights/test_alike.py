@@ -305,3 +305,57 @@ def test_a_mask_among_the_weights_is_told_from_a_broken_weight_and_the_remedy_wo
     x = torch.ones(3, 3)
     model = Masked(False)
     assert torch.allclose(average([model, copy.deepcopy(model)])(x), model(x))
+
+
+# what is no channel ---------------------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    """A language model of any vocabulary and width."""
+
+    def __init__(self, n_words: int, width: int = 6, tie: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(n_words, width)
+        self.middle = nn.Linear(width, width)
+        self.head = nn.Linear(width, n_words, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.middle(self.embed(tokens)).tanh())
+
+
+@pytest.mark.parametrize("width", [6, 8])
+def test_vocabularies_and_classes_are_never_mixed(width: int) -> None:
+    x = torch.arange(6)[None]
+    a, b = drawn(Words(12), 1), drawn(Words(14, width), 2)
+    with pytest.raises(GraphError, match=r"'embed.weight' has 12 entries in dimension 0[\s\S]*vocabulary"):
+        soft(a, b, x)
+    assert gate(a, b, x).verdict == "no"
+    assert "no channels" in gate(a, b, x).reasons[0]
+    pairs = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (3, 5)]
+    assert gate(*pairs, torch.zeros(1, 4)).verdict == "no"
+    with torch.no_grad():  # the remedy: the same words, entry by entry
+        short = drawn(Words(12, width), 2)
+        short.embed.weight.copy_(b.embed.weight[:12])
+    assert soft(a, short, x).embed.weight.shape == (12, 6)
+
+
+def test_words_keep_their_rows_when_models_are_aligned() -> None:
+    x = torch.arange(6)[None]
+    a, b = drawn(Words(12), 1), drawn(Words(12), 2)
+    with torch.no_grad():
+        b.embed.weight.copy_(a.embed.weight.flip(0))
+        b.head.weight.copy_(a.head.weight.flip(0))
+    turned = align(a, b, x).model
+    assert torch.allclose(turned(x), b(x), atol=1e-5)
+    norms = [m.embed.weight.norm(dim=1) for m in (turned, b)]
+    assert torch.allclose(*norms, atol=1e-5)
+
+
+def test_tied_models_of_other_widths_are_refused_and_the_remedy_works() -> None:
+    x = torch.arange(6)[None]
+    a, b = drawn(Words(12, 6, tie=True), 1), drawn(Words(12, 8, tie=True), 2)
+    with pytest.raises(GraphError, match=r"tied weights[\s\S]*untied\(model\)"):
+        soft(a, b, x)
+    assert soft(untied(a), untied(b), x).head.weight.shape == (12, 6)

@@ -37,6 +37,20 @@ def differences(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     return found + [f"the first lacks '{name}' {tuple(b[name].shape)}" for name in b if name not in a]
 
 
+def unmixable(found: Symmetries, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """Sizes that differ where there are no channels to be mixed: a vocabulary, classes, inputs. One sentence each."""
+    frozen = {(f.tensor, f.dim): f.reason for f in found.graph.frozen}
+    channels = {(axis.tensor, axis.dim) for group in found.graph for axis in group.axes}
+    return [
+        f"'{name}' has {one} entries in dimension {dim} in the first and {two} in the second, and these are no "
+        f"channels: {frozen[name, dim]}"
+        for name in a
+        if name in b and a[name].ndim == b[name].ndim
+        for dim, (one, two) in enumerate(zip(a[name].shape, b[name].shape, strict=True))
+        if one != two and (name, dim) in frozen and (name, dim) not in channels
+    ]
+
+
 def require_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     """Refuse models of unlike architecture.
 

@@ -29,7 +29,7 @@ from weightfold.stats.running import call, evaluating
 from weightfold.stats.taps import tapped
 from weightfold.weights.adapters import FOLD, adapters_of, factor_, multiplied, require_same_numbers
 from weightfold.weights.align import align, loaded
-from weightfold.weights.compare import Gate, alike, cosine, differences, fitting, require_alike, weights_of
+from weightfold.weights.compare import Gate, alike, cosine, differences, fitting, require_alike, unmixable, weights_of
 from weightfold.weights.finite import holes
 from weightfold.weights.symmetry import Symmetries
 from weightfold.weights.ties import owners_of, tie_differences
@@ -314,6 +314,10 @@ def gate(
     differ = differences(one, two)
     if any("lacks" in text for text in differ):
         return Gate("no", tuple(f"they have other layers: {text}" for text in differ[:5]))
+    if differ and not factors[0]:
+        found = fitting(found, a, example)
+        if fixed := unmixable(found, one, two):
+            return Gate("no", tuple(fixed[:5]))
     if differ:
         return Gate("softly", tuple(f"widths differ: {text}" for text in differ[:5]))
     notes = tuple(f"{text}: untied for the merge" for text in tie_differences([a, b]))

@@ -26,7 +26,7 @@ from weightfold.graph.apply import apply, find_tensor
 from weightfold.graph.edit import Edit
 from weightfold.graph.proof import prepared
 from weightfold.graph.trace import Example, structural_copy
-from weightfold.weights.compare import PAIR, differences, fitting, require_finite, weights_of
+from weightfold.weights.compare import PAIR, differences, fitting, require_finite, unmixable, weights_of
 from weightfold.weights.symmetry import Slot, Symmetries
 from weightfold.weights.ties import common_owners, untied
 from weightfold.weights.work import assign, in_reach, rows_float
@@ -85,6 +85,11 @@ def soft(
     owners = common_owners([a, b])
     a, b = untied(a, owners), untied(b, owners)
     found = fitting(found, a, example)
+    if left := unmixable(found, weights_of(a), weights_of(b)):
+        raise GraphError(
+            f"The models cannot be brought to one shape: {left[0]}.",
+            remedy="Bring both to the same inputs, vocabulary and classes first, entry by entry.",
+        )
     theirs = prepared(structural_copy(b).eval(), example)
     _require_groups(found.graph, theirs, a, b)
     order = [g for g in in_reach(found) if g.kind == "channels" or g.n == theirs[g.name].n_channels]
@@ -124,7 +129,9 @@ def _require_groups(one: ChannelGraph, two: ChannelGraph, a: nn.Module, b: nn.Mo
             raise GraphError(
                 f"Group '{mine.name}' has {mine.n_channels} and {other.n_channels} channels, which cannot be mixed: "
                 f"{other.reasons.get('merge', 'they lie in blocks')}.",
-                remedy="Match models of the same width there.",
+                remedy="Match models of the same width there."
+                if untied(a) is a
+                else "Match untied copies: weightfold.weights.ties.untied(model) of both.",
             )
 
 
