@@ -157,7 +157,7 @@ def hashes_of(found: Symmetries, states: Sequence[Mapping[str, Tensor]], *, cent
 
     Example:
         >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(3)]
-        >>> found = symmetries(nets[0], torch.zeros(1, 4))
+        >>> found = untied_symmetries(nets[0], torch.zeros(1, 4))
         >>> texts = hashes_of(found, [net.state_dict() for net in nets])
         >>> [same_hash(text, hash_of(found, net.state_dict())) for text, net in zip(texts, nets)]
         [True, True, True]
