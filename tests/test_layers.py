@@ -44,7 +44,7 @@ LAYERS: tuple[dict[str, tuple[str, ...]], ...] = (
         "collapse": ("graph",),
         "bounds": ("graph", "stats"),
         "lumping": ("graph", "redundancy"),
-        "repair": ("stats",),
+        "repair": ("graph", "stats"),
         "standin": ("graph", "redundancy", "stats"),
         "folding": ("graph", "price", "redundancy"),
         "heads": ("graph", "price", "redundancy"),

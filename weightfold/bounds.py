@@ -16,7 +16,6 @@ network); differs in: the two networks' difference is followed, not their two ra
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from weightfold.errors import ConfigError
 from weightfold.graph.apply import apply, find_tensor
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.layout import from_front, to_front
@@ -232,7 +232,7 @@ def lumped_bound(
     Raises:
         ConfigError: an operator has no rule.
     """
-    twin = copy.deepcopy(model).eval()
+    twin = independent_copy(model).eval()
     for edit in edits:
         if edit.kind == "lump":
             _at_full_size(twin, graph, edit)

@@ -8,7 +8,6 @@ shapes pays for kernels that are made then.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from weightfold.gate import Batch, Loss
 from weightfold.graph.apply import apply
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.edit import Edit
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.stats.running import call
@@ -105,7 +105,7 @@ def measure(
 
 def cut(model: nn.Module, graph: ChannelGraph, widths: Widths) -> nn.Module:
     """A copy that keeps the first channels of each group, equally many of every block."""
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     for name, width in widths.items():
         group = graph[name]
         if width < group.n_channels:

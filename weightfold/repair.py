@@ -14,7 +14,6 @@ Reference: Levenberg 1944, Marquardt 1963; Hinton, Vinyals, Dean, arXiv 1503.025
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from torch.func import functional_call, jvp, vjp
 from torch.utils import _pytree as pytree
 
 from weightfold.errors import DataError
+from weightfold.graph.copies import independent_copy
 from weightfold.stats.norms import recalibrate_ as recalibrate_
 from weightfold.stats.running import inputs_of
 
@@ -93,7 +93,7 @@ def gauss_newton_(
         True
     """
     _load_forward_mode()
-    work = copy.deepcopy(model).eval()
+    work = independent_copy(model).eval()
     if dtype is None and sum(p.numel() for p in work.parameters()) < 2_000_000:
         dtype = torch.float32 if wished.device.type == "mps" else torch.float64
     work = work if dtype is None else work.to(dtype)

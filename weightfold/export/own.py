@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from weightfold.export.saved import save_model
 from weightfold.export.source import Source
 from weightfold.export.target_safetensors import verify
 from weightfold.export.targets import export
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.trace import arguments
 from weightfold.ranks import unwrapped
 
@@ -160,7 +160,7 @@ def _at_rest(model: nn.Module) -> Iterator[nn.Module]:
     plain = unwrapped(model)
     tensors: list[Tensor] = [*plain.parameters(), *plain.buffers()]
     if any(tensor.device.type != "cpu" for tensor in tensors):
-        yield copy.deepcopy(plain).cpu().eval()
+        yield independent_copy(plain).cpu().eval()
         return
     modes = {module: module.training for module in plain.modules()}
     plain.eval()

@@ -19,7 +19,6 @@ networks is not public, so conditions and read-back are derived in `weightfold.o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from weightfold.config import Config
 from weightfold.errors import ConfigError, DataError
 from weightfold.graph.apply import apply
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.edit import Edit, remove
 from weightfold.graph.group import ChannelGraph, ChannelGroup
 from weightfold.graph.trace import arguments
@@ -135,7 +135,7 @@ class Lump(Method):
             return []
         self._done = True
         self._given = [inputs_of(moment.model, batch, moment.example) for batch in self.inputs]
-        twin = copy.deepcopy(moment.model).eval()
+        twin = independent_copy(moment.model).eval()
         self.proposed = self._by_eps(twin, moment) if self.config.eps is not None else self._by_target(twin, moment)
         return self.proposed
 
@@ -180,7 +180,7 @@ class Lump(Method):
         self, whole: nn.Module, before: ChannelGroup, twin: nn.Module, graph: ChannelGraph, edit: Edit
     ) -> Edit:
         """The same lumping, with the readers solved for what they read in the whole network."""
-        trial = copy.deepcopy(twin)
+        trial = independent_copy(twin)
         after, _ = apply(trial, graph, edit)
         pairs = paired(whole, before, trial, after[edit.group], self._given)
         reads, shift = {}, {}
@@ -257,7 +257,7 @@ class Lump(Method):
             raise ConfigError("No group can be lumped to a target: nothing that can be observed reads one.")
         best: tuple[float, list[Proposal]] | None = None
         for widths in self._widths(moment, groups, share):
-            trial = copy.deepcopy(twin)
+            trial = independent_copy(twin)
             proposals = self._represented(moment, twin, trial, [g.name for g in groups], widths, inputs)
             lost = distance(trial, twin, inputs)["rms"]
             if best is None or lost < best[0]:

@@ -7,13 +7,13 @@ checkpoints and ties know. Exponents and bits stand beside it as plain attribute
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
+from weightfold.graph.copies import independent_copy
 from weightfold.quant.fake import fake_quantise
 
 EXPONENT, BITS, REGROWTH = "_exponent", "_bits", "_regrowth"
@@ -111,7 +111,7 @@ def detach(model: nn.Module) -> None:
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of a network in training, without quantisers, and without the hooks that watch or quantise its inputs."""
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     detach(twin)
     for module in twin.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from weightfold.data.dataset import Batch
 from weightfold.errors import ConfigError
 from weightfold.export.example import task_input
 from weightfold.export.source import Source
+from weightfold.graph.copies import independent_copy
 from weightfold.ledger import Ledger
 from weightfold.models import TaskSpec
 from weightfold.training.config import TrainConfig
@@ -81,7 +81,7 @@ class Arm:
 
     def warm_up(self, batch: Batch) -> None:
         """Take one step on a copy, so that no network pays for what the first step of a process costs."""
-        twin = copy.deepcopy(self.model)
+        twin = independent_copy(self.model)
         inputs, targets = (part.to(self.device) for part in batch)
         self.task.loss(outputs(twin, inputs), targets).backward()
         synchronise(self.device)
@@ -131,7 +131,7 @@ class Arm:
     def _race(self, builder: Builder) -> NotSlower | None:
         if self.config.race is None:
             return None
-        source = Source(copy.deepcopy(self.model), (task_input(self.task),), self.before, builder)
+        source = Source(independent_copy(self.model), (task_input(self.task),), self.before, builder)
         return NotSlower(source, self.config.race)
 
     def _loss(self, answer: Any, targets: Tensor) -> Tensor:

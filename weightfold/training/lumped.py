@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from weightfold.export.example import zeros
 from weightfold.export.saved import write_structure
 from weightfold.export.source import Source
 from weightfold.fingerprint import fingerprint
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.edit import Edit
 from weightfold.ledger import Ledger
 from weightfold.methods.lump import Lump
@@ -99,7 +99,7 @@ def lump_network(
         raise ConfigError("A repair needs unlabelled inputs.", remedy="Pass --data, or leave out --repair.")
     model.eval()
     batches = list(inputs) if config.repair else []
-    whole = copy.deepcopy(model)
+    whole = independent_copy(model)
     method = Lump(eps=config.eps, target=config.target, linkage=config.linkage, inputs=batches)
     compressor = Compressor(model, example, [method], ledger=ledger, seed=config.seed, keep_undo=ledger is not None)
     graph = compressor.prepare()
@@ -271,7 +271,7 @@ def _written(
 ) -> dict[str, Any]:
     """Lump, and write all files of the run."""
     model, device = source.model, torch.device("cpu")
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     with Ledger.create(out / files.LEDGER, run=facts) as ledger:
         found = lump_network(model, zeros(source.inputs), config, inputs, ledger)
         results = found.facts
@@ -300,7 +300,7 @@ def sweep(source: Source, config: LumpRunConfig, *, data: Dataset | None = None)
     by_target = bool(config.repair) or config.target is not None
     rows = []
     for value in SWEEP_TARGETS if by_target else SWEEP_EPS:
-        model = copy.deepcopy(source.model)
+        model = independent_copy(source.model)
         one = LumpRunConfig(
             **{**config.model_dump(), "eps": None if by_target else value, "target": value if by_target else None}
         )

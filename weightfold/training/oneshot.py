@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from weightfold.export.opened import open_model
 from weightfold.export.saved import write_structure
 from weightfold.export.source import Source
 from weightfold.fingerprint import fingerprint
+from weightfold.graph.copies import independent_copy
 from weightfold.kernels import Tuned
 from weightfold.ledger import Ledger
 from weightfold.size import macs, parameters
@@ -118,7 +118,7 @@ def _fold(config: OneShotConfig, out: Path, data: Dataset, source: Source, origi
     model = source.model
     facts = _facts(config, data, model)
     dense = _measured(model, data, original)
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     with Ledger.create(out / files.LEDGER, run=facts) as ledger:
         start = time.perf_counter()
         events, widths, net = _compress(config, data, model, ledger)
@@ -191,7 +191,7 @@ def _refuse_slower(
     from weightfold.bench.tune import check_not_slower
 
     table = Tuned.read(config.tuned)
-    before, after = (replace(source, model=copy.deepcopy(model).eval()) for model in (dense, net))
+    before, after = (replace(source, model=independent_copy(model).eval()) for model in (dense, net))
     return check_not_slower(before, after, table.target, batch=table.shape[0], threads=table.threads)
 
 

@@ -8,7 +8,6 @@ ledger.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from weightfold.data import Dataset, load, load_model
 from weightfold.data.dataset import Batch
 from weightfold.errors import ConfigError, WeightfoldError
 from weightfold.fingerprint import fingerprint
+from weightfold.graph.copies import independent_copy
 from weightfold.ledger import Ledger
 from weightfold.models import NAMES
 from weightfold.training import folder as files
@@ -237,7 +237,7 @@ class _Run:
     def _make_arms(self, ledger: Ledger | None) -> None:
         probe = list(itertools.islice(self._probe(), N_PROBE))
         for name in self.config.arms:
-            model = copy.deepcopy(self.model)
+            model = independent_copy(self.model)
             arm = Arm(name, model, self.config, self.data.task, self.total_steps, self.device)
             arm.warm_up(probe[0])
             if name == "folded":

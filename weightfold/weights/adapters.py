@@ -12,7 +12,6 @@ Reference: Hu et al. 2021, arXiv 2106.09685.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from weightfold.errors import GraphError
 from weightfold.graph.apply import find_tensor, put_tensor
+from weightfold.graph.copies import independent_copy
 
 State = dict[str, Tensor]
 PAIRS = {"lora_A": "lora_B", "lora_a": "lora_b", "lora_down": "lora_up", "lora_embedding_A": "lora_embedding_B"}
@@ -185,7 +185,7 @@ def low_rank(matrix: Tensor, guess: int) -> tuple[Tensor, Tensor, Tensor]:
 def _bears_rank(model: nn.Module, a: Adapter, rank: int) -> bool:
     """Whether the layer, run by itself, computes the same with its factors filled up by zeros to a higher rank."""
     start = len(a.layer) + 1 if a.layer else 0
-    layer = copy.deepcopy(model.get_submodule(a.layer)).eval()
+    layer = independent_copy(model.get_submodule(a.layer)).eval()
     own = replace(a, layer="", down=a.down[start:], up=a.up[start:])
     down, up = (find_tensor(layer, name)[2].detach() for name in (own.down, own.up))
     generator = torch.Generator().manual_seed(0)
@@ -270,7 +270,7 @@ def folded(model: nn.Module) -> nn.Module:
         >>> bool(torch.allclose(twin.base_layer.weight, wanted)), bool(twin.lora_B.weight.any())
         (True, False)
     """
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     state = twin.state_dict()
     for a in adapters_of(twin):
         start = f"{a.layer}." if a.layer else ""

@@ -18,7 +18,6 @@ References: Ainsworth et al. 2022, arXiv 2209.04836 (weight and activation match
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from weightfold.errors import ConfigError
 from weightfold.graph.apply import find_tensor
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.exactness import outputs, relative_error
 from weightfold.graph.trace import Example
 from weightfold.weights.balance import rows_of
@@ -136,7 +136,7 @@ def align(
 
 def loaded(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with other weights, by name."""
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     with torch.no_grad():
         for name, value in tensors.items():
             find_tensor(twin, name)[2].copy_(value)

@@ -16,7 +16,6 @@ the last place, cannot be told from rounding.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from weightfold.errors import ArtifactError
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply, find_tensor, put_tensor
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.trace import Example
 from weightfold.weights.colours import Colours, colours, sketches
 from weightfold.weights.compare import fitting, untied_symmetries
@@ -76,7 +76,7 @@ def canonical(
     where = point(found, state, centre_logits=centre_logits)
     marks, seen = _marks(found, where)
     flip_signs_(where, seen)
-    twin = copy.deepcopy(model).eval()
+    twin = independent_copy(model).eval()
     _load_(twin, _restored(where, state))
     graph = found.graph
     for group in sorted(found.members, key=lambda m: m.kind == "blocks"):
@@ -101,7 +101,7 @@ def balanced(model: nn.Module, example: Example, *, found: Symmetries | None = N
         True
     """
     found = fitting(found, model, example)
-    twin = copy.deepcopy(model).eval()
+    twin = independent_copy(model).eval()
     if not found.norms:
         state = model.state_dict()
         _load_(twin, _restored(point(found, state, centre_logits=False), state))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from weightfold.graph import ChannelGroup
 from weightfold.graph import edit as edits
 from weightfold.graph.apply import apply, find_tensor, put_tensor
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.trace import Example
 from weightfold.weights.balance import put_rows_, rows_of
 from weightfold.weights.compare import fitting
@@ -39,7 +38,7 @@ def disguise(
         True
     """
     found = fitting(found, model, example)
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     if spread:
         _mix_(twin, found, generator, spread)
     graph = found.graph

@@ -15,7 +15,6 @@ References: Wortsman et al. 2022, arXiv 2203.05482; Ilharco et al. 2022, arXiv 2
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.errors import ConfigError, DataError, GraphError
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.trace import Example
 from weightfold.stats.running import call, evaluating
 from weightfold.stats.taps import tapped
@@ -118,7 +118,7 @@ def fisher_of(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], data: 
     Args:
         loss: the loss of a model on one batch.
     """
-    twin = copy.deepcopy(model).eval()
+    twin = independent_copy(model).eval()
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in twin.named_parameters()}
     count = 0
     for batch in data:
@@ -347,7 +347,7 @@ def gate(
 
 
 def _shuffled(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     with torch.no_grad():
         for p in twin.parameters():
             flat = p.reshape(-1).clone()
@@ -386,7 +386,7 @@ def _deltas(base: nn.Module, models: Sequence[nn.Module]) -> tuple[nn.Module, St
 
 
 def _loaded(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     own = twin.state_dict()
     adapters = adapters_of(twin)
     made = {a.product for a in adapters} | {a.bias for a in adapters}

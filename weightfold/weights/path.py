@@ -12,7 +12,6 @@ Reference: Frankle et al. 2020, arXiv 1912.05671 (barrier); Jordan et al. 2022, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from weightfold.errors import DataError
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.trace import Example
 from weightfold.stats.norms import recalibrate_ as reset_norms_
 from weightfold.stats.running import call, evaluating
@@ -44,7 +44,7 @@ def between(a: nn.Module, b: nn.Module, t: float = 0.5) -> nn.Module:
     """
     a, b = alike([a, b], PAIR)
     one, two = weights_of(a), weights_of(b)
-    middle = copy.deepcopy(a)
+    middle = independent_copy(a)
     middle.load_state_dict({name: torch.lerp(one[name], two[name].to(one[name]), t) for name in one}, strict=False)
     return middle
 
@@ -123,7 +123,7 @@ def repair(
     batches = list(data)
     if not batches:
         raise DataError("REPAIR needs a few inputs.", remedy="Pass some; labels are not needed.")
-    out = copy.deepcopy(merged)
+    out = independent_copy(merged)
     norms = [m for m in out.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if norms:
         reset_norms_(out, batches)

@@ -15,14 +15,13 @@ share what they read, so that widths may differ; groups are inferred; further sw
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from weightfold.errors import GraphError
 from weightfold.graph import ChannelGraph, ChannelGroup, edit
 from weightfold.graph.apply import apply, find_tensor
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.edit import Edit
 from weightfold.graph.proof import prepared
 from weightfold.graph.trace import Example, structural_copy
@@ -110,7 +109,7 @@ def soft(
 
 
 def _edited(b: nn.Module, graph: ChannelGraph, edits: dict[str, Edit]) -> nn.Module:
-    twin = copy.deepcopy(b)
+    twin = independent_copy(b)
     for e in edits.values():
         graph, _ = apply(twin, graph, e)
     return twin

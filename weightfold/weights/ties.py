@@ -7,12 +7,12 @@ function as it is, and each name then has its own value to be mixed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from weightfold.graph.apply import find_tensor
+from weightfold.graph.copies import independent_copy
 
 
 def owners_of(model: nn.Module) -> dict[str, str]:
@@ -68,7 +68,7 @@ def untied(model: nn.Module, owners: Mapping[str, str] | None = None) -> nn.Modu
     wanted = {name: name if owners is None else owners.get(name, name) for name in held}
     if wanted == held:
         return model
-    twin = copy.deepcopy(model)
+    twin = independent_copy(model)
     _split_(twin, {name for name in held if wanted[name] != held[name] or wanted[held[name]] != held[name]})
     for name, owner in wanted.items():
         if owner == held[name]:
@@ -105,7 +105,7 @@ def _split_(model: nn.Module, names: Iterable[str]) -> None:
 def _twin_of(module: nn.Module) -> nn.Module:
     """Another module that holds the same tensors and submodules."""
     held = [*module.parameters(), *module.buffers(), *module.children()]
-    return copy.deepcopy(module, {id(part): part for part in held})
+    return independent_copy(module, {id(part): part for part in held})
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 
 from weightfold.graph import algebra
 from weightfold.graph.labels import FROZEN, NO_MERGE, NO_REMOVE, Store, Value
-from weightfold.graph.rules.core import node_name, on, out_shape, rule, squeeze, unsqueeze
+from weightfold.graph.rules.core import node_name, on, out_shape, rule, shapes_of, squeeze, unsqueeze, values_in
 from weightfold.graph.rules.placing import drop_gauge
 from weightfold.graph.rules.pointwise import pointwise
 from weightfold.graph.rules.products import einsum
@@ -34,6 +34,33 @@ def compare(store: Store, node: torch.fx.Node, a: Value, b: Value, *args: Any, *
         for d in sorted(dims, reverse=True):
             out = squeeze(out, d)
     return Value(shape, out.fields)
+
+
+_LOSSES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div", "binary_cross_entropy",
+           "binary_cross_entropy_with_logits", "poisson_nll_loss", "margin_ranking_loss", "hinge_embedding_loss",
+           "triplet_margin_loss", "cosine_embedding_loss")  # fmt: skip
+
+
+@rule(*_LOSSES)
+def loss(store: Store, node: torch.fx.Node, first: Value, *args: Any, **kwargs: Any) -> Value:
+    """Losses that compare place by place, and sum over all places unless they are told not to."""
+    name, shape = node_name(node), out_shape(node)
+    dims = frozenset(range(len(first.shape))) if shape != first.shape else frozenset()
+    for other in values_in([*args, *kwargs.values()]):
+        if other.shape == first.shape:
+            first = algebra.meet(store, first, other, "none")
+        else:
+            store.freeze(other, f"is broadcast by '{name}'")
+    compared = _compared(store, first, Value(()), "none", dims, name)
+    return Value(shape, () if dims else compared.fields)
+
+
+@rule("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "multi_margin_loss", "multilabel_margin_loss")
+def class_loss(store: Store, node: torch.fx.Node, *args: Any, **kwargs: Any) -> Any:
+    """Losses whose targets name classes by their number."""
+    for value in values_in([*args, *kwargs.values()]):
+        store.freeze(value, f"has its places named by the targets of '{node_name(node)}'")
+    return shapes_of(node)
 
 
 @rule("cdist")

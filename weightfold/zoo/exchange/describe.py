@@ -6,7 +6,6 @@ of a module or a function that the user names by its own code. Tensors alone hav
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from weightfold.export.embedded import PROGRAM, program_module
 from weightfold.export.example import zeros
 from weightfold.export.opened import open_model
 from weightfold.export.saved import structure_of
+from weightfold.graph.copies import independent_copy
 from weightfold.graph.trace import Example, arguments
 from weightfold.runtime.require import quiet
 from weightfold.weights.compare import differences, untied_symmetries
@@ -138,7 +138,7 @@ def _core(structure: Structure) -> str:
 
 
 def _twin(module: nn.Module, item: Imported, edits: Structure | None) -> nn.Module:
-    twin = copy.deepcopy(module)
+    twin = independent_copy(module)
     if edits is not None:
         rebuild_(twin, edits, item.source or item.name)
     return _loaded(twin, item)
