@@ -32,14 +32,18 @@ Weights = dict[str, Tensor]
 
 
 def output_of(model: nn.Module, inputs: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """All floating numbers that a network returns for a batch, one row a sample, shape (B, F)."""
+    """The first floating numbers that a network returns for a batch, one row a sample, shape (B, F).
+
+    A loss comes to a single number, shape (1, 1), and counts where nothing else is returned.
+    """
     args, kwargs = inputs_of(model, inputs)
     found = model(*args, **kwargs) if weights is None else functional_call(model, dict(weights), args, kwargs)
     found = getattr(found, "logits", found)
     leaves = [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
     if not leaves:
         raise DataError("The network returns no numbers to be compared.")
-    return torch.cat([x.reshape(len(x), -1) for x in leaves[:1]], 1)
+    first = next((x for x in leaves if x.ndim), leaves[0])
+    return first.reshape(len(first) if first.ndim else 1, -1)
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weightfold.errors import TraceError
 from weightfold.graph import edit
 from weightfold.graph.apply import apply
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.paths import other_mode
+from weightfold.graph.proof import prepared
 from weightfold.graph.trace import trace
 
 
@@ -286,3 +288,67 @@ def test_a_training_forward_that_cannot_be_followed_leaves_its_layers_named() ->
     graph = trace(Bare().eval(), torch.randn(4, 6))
     assert not graph["a"].admits
     assert all("the layer 'extra'" in reason for reason in graph["a"].reasons.values())
+
+
+# branches on numbers, in training alone -------------------------------------------------------------------------------
+
+
+class SkipsAtRandom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        h_BH = torch.relu(self.a(x_BC))
+        if self.training and torch.rand(1).item() < 0.2:
+            return self.c(h_BH)
+        return self.c(h_BH + torch.relu(self.b(h_BH)))
+
+
+class CountsInABuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.register_buffer("bank_K", torch.zeros(12))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        h_BH = torch.relu(self.a(x_BC))
+        if self.training:
+            at = int(self.at)
+            self.bank_K[at : at + 1] = float(h_BH.detach().mean())
+            self.at[0] = (at + 1) % 12
+        return self.c(h_BH)
+
+
+BRANCHING = {
+    "a batch norm that averages all batches": lambda: nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 2)
+    ),
+    "layers skipped at random": SkipsAtRandom,
+    "a place counted in a buffer": CountsInABuffer,
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", BRANCHING)
+def test_a_branch_of_training_alone_is_no_hindrance_in_either_mode(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    net = BRANCHING[name]().train(training)
+    graph = prepared(net, torch.randn(3, 4))
+    assert {kind for group in graph for kind in group.admits} >= {"permute", "remove", "merge"}
+    assert all(module.training == training for module in net.modules())
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.a(x_BC) if x_BC.sum() > 0 else x_BC
+
+
+def test_a_branch_of_both_modes_is_refused_with_its_line() -> None:
+    with pytest.raises(TraceError, match=r"branches on the values of a tensor.*x_BC.sum"):
+        trace(Branches().train(), torch.ones(3, 4))

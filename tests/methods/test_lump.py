@@ -257,3 +257,44 @@ def test_nothing_stands_in_for_whole_numbers() -> None:
     graph = trace(model, example)
     with pytest.raises(DataError, match="cannot stand in"):
         Lump(target=0.5).step(moment(model, graph, example))
+
+
+class Kept(nn.Module):
+    """Keeps what it computed, with its history, as modules with losses of their own do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.last: Tensor | None = None
+
+    def forward(self, x_BC: Tensor) -> Any:
+        out_BC = self.b(torch.relu(self.a(x_BC)))
+        self.last = out_BC.square().mean()
+        return self.returned(out_BC)
+
+    def returned(self, out_BC: Tensor) -> Any:
+        return out_BC
+
+
+class LossAlone(Kept):
+    def returned(self, out_BC: Tensor) -> Any:
+        return self.last
+
+
+class LossFirst(Kept):
+    def returned(self, out_BC: Tensor) -> Any:
+        return {"loss": self.last, "out": out_BC}
+
+
+@pytest.mark.parametrize("how", [{"target": 0.6}, {"eps": 5.0}], ids=["target", "tolerance"])
+@pytest.mark.parametrize("kind", [Kept, LossAlone, LossFirst])
+def test_networks_that_keep_or_return_a_loss_are_lumped(kind: type[nn.Module], how: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    net, x = kind(), torch.randn(16, 6)
+    net(x)  # now it holds a tensor with a history, which no `deepcopy` copies
+    compressor = Compressor(net, x, [Lump(**how)])
+    compressor.prepare()
+    compressor.once([x])
+    small = compressor.convert()
+    assert small.a.out_features < 12
+    small(x)

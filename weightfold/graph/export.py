@@ -102,7 +102,7 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
             except Exception as error:
                 hook = failing_hook(twin, error)
                 if hook is None or not changes_nothing(model, given, hook, left_out):
-                    raise explain(twin, type(model).__name__, error, hook, runs=_runs(model, given)) from error
+                    raise explain(twin, type(model).__name__, error, hook, runs=runs(model, example)) from error
                 left_out.append(hook)
 
 
@@ -130,9 +130,9 @@ def _twin(model: nn.Module, left_out: Collection[Hook]) -> nn.Module:
     return twin
 
 
-def _runs(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+def runs(model: nn.Module, example: Example) -> bool:
     """Whether a copy of the model runs on the example."""
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), given)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(example))
     try:
         structural_copy(model, cloned)(*args, **kwargs)
     except Exception:  # whatever it is, it is the user's own

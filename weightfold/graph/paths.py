@@ -45,7 +45,12 @@ def other_mode(model: nn.Module, example: Example) -> nn.Module | None:
     calls = [_calls(model, example, training) for training in (False, True)]
     if None not in calls and calls[0] == calls[1]:
         return None
-    return _switched(structural_copy(model), not model.training)
+    return in_mode(model, not model.training)
+
+
+def in_mode(model: nn.Module, training: bool) -> nn.Module:
+    """A copy of a model in a mode; it shares tensors."""
+    return _switched(structural_copy(model), training)
 
 
 def _switched(model: nn.Module, training: bool) -> nn.Module:

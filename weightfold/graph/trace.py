@@ -22,11 +22,11 @@ from weightfold.errors import TraceError
 from weightfold.graph import algebra, rules
 from weightfold.graph.build import Builder
 from weightfold.graph.copies import flush_caches, meta_tensor, structural_copy
-from weightfold.graph.export import Example, arguments, export_program, quiet
+from weightfold.graph.export import Example, arguments, export_program, quiet, runs
 from weightfold.graph.failures import source_line, user_line
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
-from weightfold.graph.paths import other_mode, without_unrun
+from weightfold.graph.paths import in_mode, other_mode, without_unrun
 from weightfold.graph.solve import OUTPUT, solve
 
 __all__ = [
@@ -227,8 +227,19 @@ def trace(model: nn.Module, example: Example) -> ChannelGraph:
 
 
 def _programs(model: nn.Module, example: Example) -> list[torch.export.ExportedProgram]:
-    """The forward as it is, and in the other mode where it does other things there and can be followed."""
-    programs = [export_program(model, example)]
+    """The forward in both modes where it does other things in the other, as far as they can be followed.
+
+    One is enough: a batch norm without momentum, or one that skips layers at random, branches on numbers in training
+    alone. What the other does is seen by the proof, which runs it.
+    """
+    try:
+        programs = [export_program(model, example)]
+    except TraceError as error:
+        if not runs(model, example):
+            raise
+        with suppress(TraceError):
+            return [export_program(in_mode(model, not model.training), example)]
+        raise error
     other = other_mode(model, example)
     if other is not None:
         with suppress(TraceError):
