@@ -149,3 +149,40 @@ def test_squeezes_and_statistics(graph_of: Callable) -> None:
     assert graph["a"].admits >= {"permute"}
     graph = graph_of(Statistics(), vectors(), sizes=False)
     assert graph["a"].read_elsewhere
+
+
+class Products(nn.Module):
+    """Queries that meet keys, values beside them in one layer or not; the queries are read by a weight besides or not."""
+
+    def __init__(self, fused: bool, besides: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.qkv, self.head = nn.Linear(6, 24), nn.Linear(8, 3)
+        if fused:
+            del self.q, self.k, self.v
+        else:
+            del self.qkv
+        if not besides:
+            del self.head
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = self.qkv(x).chunk(3, -1) if "qkv" in self._modules else (self.q(x), self.k(x), self.v(x))
+        mixed = self.out((q @ k.t()).softmax(-1) @ v)
+        return (mixed, self.head(q)) if "head" in self._modules else mixed
+
+
+@pytest.mark.parametrize("besides", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_meets_others_of_its_kind_is_read_by_them(graph_of: Callable, fused: bool, besides: bool) -> None:
+    """A query that no weight reads is still read by its key: the probabilities change without it."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    graph_of(Products(fused, besides), x, sizes=False)
+    net: Any = Products(fused, besides).double()
+    if besides:
+        with torch.no_grad():
+            net.head.weight[:, 4] = 0
+    graph = weightfold.trace(net, x)
+    [group] = [g for g in graph if g.kind == "channels" and any(a.tensor.startswith("q") for a in g.axes)]
+    assert "remove" in group.admits
+    assert not dead_channels(net, graph, group, {}, {}).gone_C.any()
+    assert not rows_of(net, group).unread_C.any()

@@ -94,11 +94,13 @@ def run(*methods: SelfCompress | Fold, model: nn.Module | None = None, **setting
     return c, c.convert()
 
 
-def written(model: nn.Module, method: SelfCompress, before: nn.Module, path: Path, builder: Any = None) -> int:
+def written(
+    model: nn.Module, method: SelfCompress, before: nn.Module, path: Path, builder: Any = None, head: str | None = None
+) -> int:
     """Write a converted network, read it back, and compare to the bit; bytes on disk."""
     assert method.result is not None
     builder = builder or Builder(kind="instance", name=type(model).__name__)
-    source = Source(model.eval(), (), Blueprint.of(before), builder, "0" * 64)
+    source = Source(model.eval(), (), Blueprint.of(before), builder, head)
     size = save_packed(source, method.result.coded, path).total_bytes
     twin = load_packed(path, None if builder.kind == "built-in" else copy.deepcopy(before))
     assert path.stat().st_size == size

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,23 +24,12 @@ ROOT = Path(__file__).parents[2]
 numbers = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=9)
 
 
-def cost(values: Tensor, weight: Tensor, parts: list[list[int]]) -> float:
-    """Weighted sum of squared distances from the parts' means, float64."""
-    total = 0.0
-    for part in parts:
-        x, w = values[part].double(), weight[part].double()
-        if float(w.sum()) > 0:
-            total += float((w * (x - (w * x).sum() / w.sum()).square()).sum())
-    return total
-
-
 def least(values: Tensor, weight: Tensor, k: int) -> float:
-    """Brute force over every way to label the values, not only intervals."""
-    n = len(values)
-    return min(
-        cost(values, weight, [[i for i in range(n) if labels[i] == c] for c in range(k)])
-        for labels in itertools.product(range(k), repeat=n)
-    )
+    """Weighted sum of squared distances from the parts' means: brute force over every labelling, not only intervals."""
+    x_N, w_N = values.double().numpy(), weight.double().numpy()
+    parts = np.array(list(itertools.product(range(k), repeat=len(values)))) == np.arange(k)[:, None, None]
+    mean = (parts * w_N * x_N).sum(-1) / np.maximum((parts * w_N).sum(-1), 1e-300)
+    return float((parts * w_N * (x_N - mean[..., None]) ** 2).sum((0, 2)).min())
 
 
 @given(numbers, st.integers(1, 3))

@@ -183,8 +183,9 @@ class Tied(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
-        self.i, self.j, self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 5), nn.Linear(8, 5)
+        self.i, self.j, self.a = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 5)
         if how == "two modules":
+            self.b = nn.Linear(8, 5)
             self.b.weight = self.a.weight
         self.head = nn.Linear(5, 2)
 

@@ -114,9 +114,13 @@ class Builder:
         if len(comps) < 2 and not gauges:
             return None
         flags = int(np.bitwise_or.reduce(facts.comp_flags[comps]))
-        axes = self._axes(rows, channel, len(comps), paired=flags & (L.PAIRED | L.READ) == L.PAIRED)
+        met = facts.comp_flags[comps] & (L.PAIRED | L.READ)
+        besides = bool((met == (L.PAIRED | L.READ)).any())
+        axes = self._axes(rows, channel, len(comps), paired=comps[met == L.PAIRED])
         ids = _in_order_of_use(block[comps])
         verdict = self._verdict(comps, ids, fixed, axes)
+        if besides:
+            verdict.revoke({"merge"}, "is multiplied with others of its kind, and read by a weight besides")
         return ChannelGroup(
             name=self._name(axes),
             kind="channels",
@@ -128,7 +132,7 @@ class Builder:
             gauges=tuple(gauges),
             zero_at_zero=not flags & L.OFFSET,
             written=self._written(comps),
-            read_elsewhere=bool(flags & (L.ELSEWHERE | L.ELSEWHERE_IN)),
+            read_elsewhere=besides or bool(flags & (L.ELSEWHERE | L.ELSEWHERE_IN)),
         )
 
     def _movable(self, rows: Ints, bad: Ints) -> tuple[Ints, Ints, str]:
@@ -157,8 +161,6 @@ class Builder:
             verdict.revoke({"remove"}, reason_of(facts, comps, no_remove, self.where))
         if flags & no_merge:
             verdict.revoke({"merge"}, reason_of(facts, comps, no_merge, self.where))
-        if flags & L.PAIRED and flags & L.READ:
-            verdict.revoke({"merge"}, "is multiplied with others of its kind, and read by a weight besides")
         sizes = np.bincount(ids)
         if fixed == "some" or len(set(sizes.tolist())) > 1:
             text = "shares a layout with channels that are frozen, or whose blocks differ in size"
@@ -179,28 +181,32 @@ class Builder:
         return any(bool((roots[atoms] >= 0).any()) for roots, _ in self.roots.values())
 
     def _axes(
-        self, rows: Ints, channel: Ints, n: int, *, paired: bool = False, whole: bool = False
+        self, rows: Ints, channel: Ints, n: int, *, paired: Ints | Sequence[int] = (), whole: bool = False
     ) -> tuple[Axis, ...]:
         """The axes of a group. ``paired``: channels of queries and keys; ``whole``: blocks, whose parts all write."""
         facts, base = self.facts, self.facts.base
         axes = []
-        exponent = self.roots["positive"][1]
         for seed_id in np.unique(base.seed[rows]):
             mine = base.seed[rows] == seed_id
             r = rows[mine]
             seed = facts.store.seeds[seed_id]
             index = torch.from_numpy(table(channel[mine], base.pos[r], base.touch[r], n))
-            bits = int(np.bitwise_or.reduce(facts.atom_flags[base.atom[r]]))
-            read, write = bool(bits & L.READ), bool(bits & L.WRITE)
-            if bits & L.COMPUTED and not whole:
-                whole_comp = int(np.bitwise_or.reduce(facts.comp_flags[base.comp[r]]))
-                read = True
-                write = bool(whole_comp & L.COMPUTED_WRITE or (facts.atom_flags[base.atom[r]] & L.COMPUTED == 0).any())
-            role = "both" if read and write else "read" if read else "write" if write else "pointwise"
-            if paired and role != "both":
-                role = paired_role(role, exponent[base.atom[r]])
+            meets = np.isin(base.comp[r], paired)
+            roles = {self._role(r[part], whole, part is meets) for part in (meets, ~meets) if part.any()}
+            role = roles.pop() if len(roles) == 1 else "both"
             axes.append(Axis(seed.tensor, seed.dim, role, index, seed.n, seed.slabs, facts.store.tap(seed)))
         return tuple(axes)
+
+    def _role(self, rows: Ints, whole: bool, paired: bool) -> str:
+        facts, atoms = self.facts, self.facts.base.atom[rows]
+        bits = int(np.bitwise_or.reduce(facts.atom_flags[atoms]))
+        read, write = bool(bits & L.READ), bool(bits & L.WRITE)
+        if bits & L.COMPUTED and not whole:
+            whole_comp = int(np.bitwise_or.reduce(facts.comp_flags[facts.base.comp[rows]]))
+            read = True
+            write = bool(whole_comp & L.COMPUTED_WRITE or (facts.atom_flags[atoms] & L.COMPUTED == 0).any())
+        role = "both" if read and write else "read" if read else "write" if write else "pointwise"
+        return paired_role(role, self.roots["positive"][1][atoms]) if paired and role != "both" else role
 
     def _name(self, axes: Sequence[Axis], suffix: str = "") -> str:
         first = next((a for a in axes if a.role == "write"), axes[0])

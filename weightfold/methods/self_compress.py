@@ -522,6 +522,7 @@ class SelfCompress(Method):
             "activations": None,
             "front": [],
             "aim": self._aim.to_state(),
+            "recorded": self._account.recorded,
             "numbers": [self._size, self._rest, self._ratio, self._peak_lr],
             "guard": [self._best_loss, self._guarded],
             "dwelt": dict(self._dwelt),
@@ -532,6 +533,7 @@ class SelfCompress(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._aim.load_state(state["aim"])
+        self._account = replace(self._account, recorded=state.get("recorded", True))
         self._size, self._rest, self._ratio, self._peak_lr = state["numbers"]
         self._best_loss, self._guarded = state["guard"]
         self._dwelt, self._stuck = dict(state["dwelt"]), dict(state["stuck"])
