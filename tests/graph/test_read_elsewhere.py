@@ -152,7 +152,7 @@ def test_squeezes_and_statistics(graph_of: Callable) -> None:
 
 
 class Products(nn.Module):
-    """Queries that meet keys; values beside them in one layer or not; a weight that reads the queries besides or not."""
+    """Queries that meet keys; values in the same layer or not; a weight that reads the queries besides or not."""
 
     def __init__(self, fused: bool, besides: bool) -> None:
         super().__init__()
