@@ -664,6 +664,63 @@ def a_penalty_that_is_left_out() -> tuple[Do, Do]:
     return lambda: run(with_penalty=False), lambda: run(with_penalty=True)
 
 
+@remedy("Lower 'earliest'.")
+def a_first_look_after_the_last() -> tuple[Do, Do]:
+    def fold(earliest: float) -> wf.Fold:
+        return wf.Fold(max_accuracy_loss=1.0, earliest=earliest, latest=0.1)
+
+    return lambda: fold(0.5), lambda: fold(0.05)
+
+
+@remedy("Did you mean '0'?")
+def a_width_of_no_group() -> tuple[Do, Do]:
+    def run(name: str) -> None:
+        once(prepared(methods=[wf.Fold(widths={name: 4})]), [X])
+
+    return lambda: run("00"), lambda: run("0")
+
+
+@remedy("Leave steps for the pull to act.")
+def a_pull_without_steps() -> tuple[Do, Do]:
+    return lambda: wf.Attract(start=0.5, at=0.5), lambda: wf.Attract(start=0.1, at=0.5)
+
+
+@remedy("Give a target in bytes instead.")
+def accuracy_of_a_regression() -> tuple[Do, Do]:
+    probe = [(X, torch.randn(64, 3))]
+
+    def run(**given: Any) -> None:
+        net = mlp(64)
+        c = compressor(net, [wf.SelfCompress(**given)], loss=F.mse_loss, probe=probe, total_steps=20)
+        c.prepare(_sgd(net))
+
+    return lambda: run(max_accuracy_loss=1.0), lambda: run(target=2000)
+
+
+@remedy("'time_goal'", "'keep' and 'at'")
+def a_dial_for_a_regression() -> tuple[Do, Do]:
+    probe = [(X, torch.randn(64, 3))]
+
+    def run(**given: Any) -> Any:
+        net = mlp(64)
+        optimizer = _sgd(net)
+        c = compressor(net, [wf.Fold(**given)], loss=F.mse_loss, probe=probe, total_steps=20, max_increase=9.0)
+        c.prepare(optimizer)
+        events = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.mse_loss(c.network(X), probe[0][1]).backward()
+            optimizer.step()
+            events += c.step()
+        return events
+
+    def right() -> None:
+        run(time_goal=0.2)
+        all_accepted(run(keep=0.5, at=0.5))
+
+    return lambda: run(max_accuracy_loss=1.0), right
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_remedy_works(name: str, tmp_path: Path) -> None:
     CASES.follow(name, tmp_path)

@@ -212,8 +212,9 @@ class Fold(Method):
         """Check that some group can be folded, and that the dial can be read.
 
         Raises:
-            ConfigError: nothing can be folded (with the reasons), or a dial without what it needs.
+            ConfigError: nothing can be folded (with the reasons), a width of no group, or a dial without what it needs.
         """
+        named_groups(moment.graph, self.config.groups, self.config.widths or ())
         groups, refused = eligible(moment.graph, self.config.groups)
         check_liked(moment.graph, self.config.liked or ())
         if not groups:
