@@ -16,6 +16,7 @@ from weightfold.graph.labels import (
     COMPUTED,
     COMPUTED_WRITE,
     ELSEWHERE,
+    FOREIGN,
     FROZEN,
     NO_MERGE,
     NO_REMOVE,
@@ -149,8 +150,21 @@ def _merge_pair(store: Store, a: Field, b: Field, how: str) -> Field:
     return Field(labels, pos.expand(labels.shape), sgn.expand(labels.shape), level, loud, curved)
 
 
+def _refilled(item: Field, other: Value, how: str) -> Field:
+    """What becomes of the constants beside channels where another value comes in: they stay alike, or no longer do."""
+    if how == "add" and other.zero:
+        return item
+    varies = any(other.varies(d) for d in item.support)
+    lost = (UNIFORM,) if how == "mul" else (ZERO, UNIFORM)
+    labels = item.labels
+    for code in lost:
+        labels = labels.masked_fill(labels == code, FOREIGN if varies else UNIFORM)
+    return replace(item, labels=labels)
+
+
 def _alone(store: Store, item: Field, other: Value, how: str) -> Field:
     """A field meets a value that says nothing of its channels."""
+    item = _refilled(item, other, how)
     if how == "mul" or (how == "add" and other.zero):
         return item
     if item.level == 1:

@@ -72,7 +72,7 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
     if name == "_assert_tensor_metadata":
         return None
     tags = getattr(node.target, "tags", ())
-    if not any(v.fields for v in values):
+    if not any(v.fields for v in values) and not _fills_up(node, name, values):
         return _unlabelled(node, args, kwargs, torch.Tag.pointwise in tags or name in ("where", "masked_fill"))
     if name not in MINDING_REPEATS:
         args, kwargs = pytree.tree_map_only(Value, Value.without_repeats, (list(args), kwargs))
@@ -86,6 +86,12 @@ def apply_rule(store: Store, node: torch.fx.Node, args: Sequence[Any], kwargs: d
     if torch.Tag.pointwise in tags or name in UNTAGGED:
         return pointwise(store, node, *args, **kwargs)
     return unknown(store, node, *args, **kwargs)
+
+
+def _fills_up(node: torch.fx.Node, name: str, values: Sequence[Value]) -> bool:
+    """Whether data are filled up with one number, as by a state that starts from zeros: any channel may stand there."""
+    some = {v.uniform for v in values if 0 not in v.shape}
+    return name in ("cat", "concat", "concatenate") and len(some) > 1 and node.meta["val"].is_floating_point()
 
 
 ALONG = frozenset({"slice", "narrow", "select", "index_select", "roll", "flip", "unfold", "gather", "rot90"})
@@ -124,8 +130,9 @@ def _note_sizes(store: Store, node: torch.fx.Node, values: Sequence[Value]) -> N
     numbers = {a for a in pytree.tree_leaves((node.args, node.kwargs)) if type(a) is int and a > 1}
     for value in values:
         for item in value.fields:
-            if item.level == 0 and numbers & set(out_sizes(node, value, item.support)):
-                store.written.append((store.node, item.labels[item.labels > 0][:1]))
+            first = item.labels[item.labels > 0][:1]
+            if item.level == 0 and first.numel() and numbers & set(out_sizes(node, value, item.support)):
+                store.written.append((store.node, first))
 
 
 def out_sizes(node: torch.fx.Node, value: Value, support: frozenset[int]) -> list[int]:

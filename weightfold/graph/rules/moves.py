@@ -283,7 +283,9 @@ def _without(part: Value, d: int) -> Value:
 def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field | None:
     """The field of a concatenation along ``d``: every part's labels, constants where a part has none."""
     found = [[f for f in part.fields if f.level == level and d in f.support] for part in parts]
-    if not any(found) or (level == 1 and not all(found)):
+    codes = [ZERO if part.zero else UNIFORM if part.uniform else FOREIGN for part in parts]
+    told_apart = level == 0 and len(set(codes)) > 1  # an input beside zeros: what reads the zeros is not bound to it
+    if (not any(found) and not told_apart) or (level == 1 and not all(found)):
         for part, fs in zip(parts, found, strict=True):
             told = any(f.level == 0 and d in f.support for f in part.fields)
             for lost in () if told else fs:
@@ -295,19 +297,31 @@ def _joined(store: Store, parts: Sequence[Value], d: int, level: int) -> Field |
         store.kill(extra)
     ndim = len(parts[0].shape)
     others = torch.broadcast_shapes(
-        *(tuple(1 if i == d else n for i, n in enumerate(fs[0].labels.shape)) for fs in found if fs)
+        (1,) * ndim, *(tuple(1 if i == d else n for i, n in enumerate(fs[0].labels.shape)) for fs in found if fs)
     )
     columns: list[list[Tensor]] = [[], [], []]
-    for part, fs in zip(parts, found, strict=True):
+    for part, fs, code in zip(parts, found, codes, strict=True):
         shape = tuple(part.shape[d] if i == d else others[i] for i in range(ndim))
-        code = ZERO if part.zero else UNIFORM if part.uniform else FOREIGN
         none = torch.zeros(shape, dtype=torch.long)
         arrays = fs[0].arrays() if fs else (none + code, none, none)
         for column, array in zip(columns, arrays, strict=True):
             column.append(array.expand(shape))
     labels, pos, sgn = (torch.cat(column, d) for column in columns)
+    if len(_numbers_beside(parts, columns[0])) > 1:
+        labels = labels.masked_fill(labels == UNIFORM, FOREIGN)  # what reads one of them cannot read another
     loud, curved = (any(getattr(f, kind) for fs in found for f in fs) for kind in ("loud", "curved"))
     return compress(Field(labels, pos, sgn, level, loud, curved))
+
+
+def _numbers_beside(parts: Sequence[Value], labels: Sequence[Tensor]) -> set[Any]:
+    """The numbers with which a concatenation is filled up; an unknown one counts as one of its own."""
+    out: set[Any] = set()
+    for place, (part, column) in enumerate(zip(parts, labels, strict=True)):
+        out |= {0.0} if bool((column == ZERO).any()) else set()
+        if bool((column == UNIFORM).any()):
+            known = part.uniform and part.known is not None and part.known.numel()
+            out.add(float(part.known.flatten()[0]) if known and part.known is not None else ("unknown", place))
+    return out
 
 
 @rule("stack", move=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightfold.graph import algebra
-from weightfold.graph.labels import NO_MERGE, NO_REMOVE, OFFSET, Field, Store, Value, kept
+from weightfold.graph.labels import NO_MERGE, NO_REMOVE, OFFSET, UNIFORM, ZERO, Field, Store, Value, kept
 from weightfold.graph.rules.core import node_name, on, rule, without_gauge
 
 
@@ -60,6 +60,7 @@ def unary(store: Store, node: torch.fx.Node, x: Value, slot: int, args: tuple, k
                 item = replace(item, sgn=torch.zeros_like(item.sgn))
             if not zero:
                 store.flag(item.labels, OFFSET)
+                item = replace(item, labels=item.labels.masked_fill(item.labels == ZERO, UNIFORM))
         fields.append(replace(item, loud=item.loud or not zero, curved=item.curved or not (scaled and odd)))
     return replace(x, fields=tuple(fields), zero=x.zero and zero, name=None)
 
