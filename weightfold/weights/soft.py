@@ -84,13 +84,15 @@ def soft(
     owners = common_owners([a, b])
     a, b = untied(a, owners), untied(b, owners)
     found = fitting(found, a, example)
+    if lacks := [text for text in differences(weights_of(a), weights_of(b)) if "lacks" in text]:
+        raise _other_layers(lacks[0])
     if left := unmixable(found, weights_of(a), weights_of(b)):
         raise GraphError(
             f"The models cannot be brought to one shape: {left[0]}.",
             remedy="Bring both to the same inputs, vocabulary and classes first, entry by entry.",
         )
     theirs = prepared(structural_copy(b).eval(), example)
-    _require_groups(found.graph, theirs, a, b)
+    _require_groups(found.graph, theirs, a)
     order = [g for g in in_reach(found) if g.kind == "channels" or g.n == theirs[g.name].n_channels]
     edits: dict[str, Edit] = {}
     own = weights_of(a)
@@ -115,14 +117,14 @@ def _edited(b: nn.Module, graph: ChannelGraph, edits: dict[str, Edit]) -> nn.Mod
     return twin
 
 
-def _require_groups(one: ChannelGraph, two: ChannelGraph, a: nn.Module, b: nn.Module) -> None:
+def _other_layers(what: str) -> GraphError:
+    return GraphError(f"The models differ in their layers: {what}.", remedy="Only widths may differ in soft matching.")
+
+
+def _require_groups(one: ChannelGraph, two: ChannelGraph, a: nn.Module) -> None:
     names = [[g.name for g in graph] for graph in (one, two)]
-    lacks = [text for text in differences(weights_of(a), weights_of(b)) if "lacks" in text]
-    if names[0] != names[1] or lacks:
-        what = lacks[0] if lacks else f"their channel groups are {names[0]} and {names[1]}"
-        raise GraphError(
-            f"The models differ in their layers: {what}.", remedy="Only widths may differ in soft matching."
-        )
+    if names[0] != names[1]:
+        raise _other_layers(f"their channel groups are {names[0]} and {names[1]}")
     for mine, other in zip(one, two, strict=True):
         if mine.n_channels != other.n_channels and ("merge" not in other.admits or mine.block is not None):
             raise GraphError(
