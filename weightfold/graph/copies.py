@@ -67,9 +67,14 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = itsel
     return twin
 
 
-def independent_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = cloned) -> nn.Module:
+def independent_copy(
+    model: nn.Module, tensor: Callable[[Tensor], Tensor] = cloned, shared: Iterable[object] = ()
+) -> nn.Module:
     """Copy a model with all of its hooks; what closures and bound methods refer to inside of it is the copy's.
 
+    Args:
+        tensor: what to put in place of each tensor.
+        shared: tensors and modules that the copy holds as well.
     Raises:
         TraceError: an attribute cannot be copied; names it.
     Example:
@@ -79,8 +84,10 @@ def independent_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = clon
         >>> len(seen)
         0
     """
+    copier = Copier(tensor)
+    copier.memo |= {id(part): part for part in shared}
     try:
-        return Copier(tensor)(model)
+        return copier(model)
     except NotCopied as error:
         raise error.explained(model) from error
 

@@ -89,7 +89,7 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
     Raises:
         TraceError: the forward fails on the example, branches on data, or cannot be followed.
     """
-    _refuse_unready(model)
+    refuse_unready(model)
     given = arguments(example)
     left_out: list[Hook] = []
     with quiet(), undisturbed(model):
@@ -106,7 +106,7 @@ def export_program(model: nn.Module, example: Example) -> torch.export.ExportedP
                 left_out.append(hook)
 
 
-def _refuse_unready(model: nn.Module) -> None:
+def refuse_unready(model: nn.Module) -> None:
     """Refuse what has no tensors that could be edited."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(

@@ -22,7 +22,7 @@ from weightfold.errors import TraceError
 from weightfold.graph import algebra, rules
 from weightfold.graph.build import Builder
 from weightfold.graph.copies import flush_caches, meta_tensor, structural_copy
-from weightfold.graph.export import Example, arguments, export_program, quiet, runs
+from weightfold.graph.export import Example, arguments, export_program, quiet, refuse_unready, runs
 from weightfold.graph.failures import source_line, user_line
 from weightfold.graph.group import ChannelGraph
 from weightfold.graph.labels import Store, Value
@@ -232,6 +232,7 @@ def _programs(model: nn.Module, example: Example) -> list[torch.export.ExportedP
     One is enough: a batch norm without momentum, or one that skips layers at random, branches on numbers in training
     alone. What the other does is seen by the proof, which runs it.
     """
+    refuse_unready(model)
     try:
         programs = [export_program(model, example)]
     except TraceError as error:

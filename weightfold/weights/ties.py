@@ -105,7 +105,7 @@ def _split_(model: nn.Module, names: Iterable[str]) -> None:
 def _twin_of(module: nn.Module) -> nn.Module:
     """Another module that holds the same tensors and submodules."""
     held = [*module.parameters(), *module.buffers(), *module.children()]
-    return independent_copy(module, {id(part): part for part in held})
+    return independent_copy(module, shared=held)
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
