@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import weightfold as wf
 from weightfold.errors import TraceError
 from weightfold.graph import edit
 from weightfold.graph.apply import apply
 from weightfold.graph.group import ChannelGraph
-from weightfold.graph.paths import other_mode
+from weightfold.graph.paths import _calls, other_mode
 from weightfold.graph.proof import prepared
 from weightfold.graph.trace import trace
 
@@ -352,3 +354,50 @@ class Branches(nn.Module):
 def test_a_branch_of_both_modes_is_refused_with_its_line() -> None:
     with pytest.raises(TraceError, match=r"branches on the values of a tensor.*x_BC.sum"):
         trace(Branches().train(), torch.ones(3, 4))
+
+
+def _chosen(net: nn.Module, x: Tensor) -> Tensor:
+    return net.one(x) if net.training else net.two(x)
+
+
+class Delegating(nn.Module):
+    """What runs is written outside of the module: by a global name, in a closure, behind a partial."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.head = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        choose = lambda net, x: net.one(x) if net.training else net.two(x)  # noqa: E731
+        self.run = {
+            "global": lambda net, x: _chosen(net, x),
+            "closure": lambda net, x: choose(net, x),
+            "partial": partial(choose),
+        }[how]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.run(self, torch.relu(self.stem(x)))))
+
+
+@pytest.mark.parametrize("how", ["global", "closure", "partial"])
+def test_like_layers_of_which_each_mode_runs_one_follow_together(how: str) -> None:
+    """Both modes call the same functions on the same shapes: only the weights tell them apart."""
+    torch.manual_seed(0)
+    net, x = Delegating(how).eval(), torch.randn(4, 5)
+    graph = wf.trace(net, x)
+    tensors = {axis.tensor for axis in graph["stem"].axes}
+    assert {"one.weight", "two.weight"} <= tensors
+    assert not prepared(net, x).proved.withdrawn
+
+
+def test_without_storage_a_value_that_is_asked_for_does_not_double_the_trace() -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = 2.0 if self.training and x.sum().item() > 1e9 else 1.0
+            return self.b(self.a(x).relu() * (1.0 if bool(x.sum() > 1e9) else scale))
+
+    with torch.device("meta"):
+        net, x = Asking(), torch.empty(2, 4)
+    assert _calls(net, x, False) is not None

@@ -64,16 +64,14 @@ def _asks_for_mode(module: nn.Module) -> bool:
     """Whether the code of a module, or a hook on it, looks at the mode."""
     own = [v for v in vars(module).values() if callable(v) and not isinstance(v, nn.Module)]
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return _class_asks(type(module)) or any("training" in _names_in(_code_of(f)) for f in (*own, *hooks))
+    return _class_asks(type(module)) or any("training" in _names_of(f) for f in (*own, *hooks))
 
 
 @lru_cache(maxsize=4096)
 def _class_asks(kind: type) -> bool:
     if issubclass(kind, torch.jit.ScriptModule):
         return True
-    return any(
-        "train" in vars(k) or "training" in _names_in(_code_of(f)) for k in _own_classes(kind) for f in _parts(k)
-    )
+    return any("train" in vars(k) or "training" in _names_of(f) for k in _own_classes(kind) for f in _parts(k))
 
 
 def _own_classes(kind: type) -> Iterator[type]:
@@ -90,6 +88,32 @@ def _code_of(function: Any) -> types.CodeType | None:
     function = inspect.unwrap(getattr(function, "func", function))
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     return code if isinstance(code, types.CodeType) else None
+
+
+def _names_of(function: Any, depth: int = 4) -> frozenset[str]:
+    """Names that a function mentions, and those that functions which it calls by a global name or holds mention."""
+    function = inspect.unwrap(getattr(function, "func", function))
+    function = getattr(function, "__func__", function)
+    names = _names_in(_code_of(function))
+    if depth == 0 or not isinstance(function, types.FunctionType):
+        return names
+    known = function.__globals__
+    called = [known[name] for name in names if isinstance(known.get(name), types.FunctionType)]
+    held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    ours = [f for f in (*called, *held) if callable(f) and not isinstance(f, (type, nn.Module))]
+    return names.union(*(_names_of(f, depth - 1) for f in ours if not _is_torchs(f)))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _is_torchs(function: Any) -> bool:
+    return f"{getattr(function, '__module__', '')}.".startswith("torch.")
 
 
 def _names_in(code: types.CodeType | None) -> frozenset[str]:
@@ -109,18 +133,28 @@ _MODAL = frozenset({"batch_norm", "instance_norm", "scaled_dot_product_attention
 """Functions that take the mode, or how much to drop, among their numbers."""
 
 
-class _Calls(TorchFunctionMode):
-    """Writes down which functions are called, with which numbers."""
+_VALUES: dict[str, type] = {"item": int, "__bool__": bool, "__int__": int, "__float__": float, "__index__": int}
+"""Methods that ask for the value of a tensor."""
 
-    def __init__(self) -> None:
+
+class _Calls(TorchFunctionMode):
+    """Writes down which functions are called, with which numbers, and on which weights."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.weights = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.found: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
         if name not in _DROPS and name not in ("__get__", "__set__") and not _counts_batches(name, args):
             leaves = () if name in _MODAL else pytree.tree_leaves((args, kwargs))
-            self.found.append((name, tuple(a for a in leaves if isinstance(a, int | float) and a is not True)))
+            numbers = tuple(a for a in leaves if isinstance(a, int | float) and a is not True)
+            given = (a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor))
+            weights = tuple(self.weights[id(a)] for a in given if id(a) in self.weights)
+            self.found.append((name, numbers, weights))
+        if name in _VALUES and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return _VALUES[name](0)  # there is no value; both modes take the same path
         return func(*args, **kwargs)
 
 
@@ -135,9 +169,9 @@ def _calls(model: nn.Module, example: Example, training: bool) -> list[Any] | No
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     meta = size > TRUE_COPY_BYTES or any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     move: Callable[[Tensor], Tensor] = (lambda t: t.to("meta")) if meta else (lambda t: t.detach().clone())
-    calls = _Calls()
     try:
         twin = _switched(structural_copy(model, meta_tensor if meta else cloned), training)
+        calls = _Calls(twin)
         args, kwargs = pytree.tree_map_only(Tensor, move, arguments(example))
         with quiet(), undisturbed(model), torch.no_grad():
             torch.manual_seed(0)
