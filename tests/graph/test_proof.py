@@ -64,6 +64,7 @@ PLACES: dict[str, tuple[Callable[[Tensor, Net], Any], set[str]]] = {
     "dropout": (lambda h, net: F.dropout(h, 0.5, net.training), set()),
     "dropout that never ends": (lambda h, net: F.dropout(h, 0.5, True), set()),
     "noise": (lambda h, net: h + torch.randn_like(h).relu(), set()),
+    "slopes drawn at random": (lambda h, net: F.rrelu(h, 0.1, 0.3, net.training), set()),
     "mean over samples": (lambda h, net: h - h.mean(0), set()),
     "integer width": (lambda h, net: h / h.shape[-1], {"remove", "merge"}),
     "number of elements": (lambda h, net: h * h.numel(), {"remove", "merge"}),
@@ -262,6 +263,16 @@ def test_dead_units_do_not_hide_a_wrong_edit() -> None:
     assert not isinstance(trials, str)
     assert awake(trials.twin, graph, ["a"])[0] >= awake(trials_of(net, x).twin, graph, ["a"])[0]
     assert proved(net, graph, ["a"], trials)["a"].admits == frozenset()
+
+
+@pytest.mark.parametrize("make", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hooks", "new"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_silent_row_of_a_weight_norm_is_silenced_by_its_length(make: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(make(nn.Conv1d(3, 8, 3)), nn.ReLU(), nn.Conv1d(8, 4, 3)), torch.randn(2, 3, 9)
+    graph = prepared(net, x)
+    assert "remove" in graph["0"].admits
+    assert not any(kind == "silent" for _, kind, _ in graph.proved.withdrawn)
 
 
 def test_groups_on_which_no_output_depends_are_told_of() -> None:

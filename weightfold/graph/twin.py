@@ -86,6 +86,7 @@ _FILLS = {
     torch.Tensor.uniform_: 0.5, torch.Tensor.normal_: 0.0, torch.Tensor.bernoulli_: 1.0, torch.Tensor.exponential_: 1.0,
     torch.Tensor.log_normal_: 1.0, torch.Tensor.cauchy_: 0.0,
 }  # fmt: skip
+_RRELU = {F.rrelu, torch.rrelu, torch.rrelu_}
 _SDPA = F.scaled_dot_product_attention
 
 
@@ -96,6 +97,8 @@ class Settled(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _DROPS:
             return args[0] if args else kwargs["input"]
+        if func in _RRELU:
+            return _mean_slope(*args, **kwargs)
         if func in _LIKE:
             return torch.full_like(args[0], _LIKE[func], **kwargs)
         if func in _NEW:
@@ -111,6 +114,11 @@ class Settled(TorchFunctionMode):
         elif func is F.multi_head_attention_forward and len(args) > 10:
             args = (*args[:10], 0.0, *args[11:])
         return func(*args, **kwargs)
+
+
+def _mean_slope(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any) -> Tensor:
+    """A randomised leaky ReLU at the slope that it has on average."""
+    return F.leaky_relu(input, (lower + upper) / 2)
 
 
 def _constant(value: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
