@@ -19,6 +19,7 @@ from weightfold.graph.group import ChannelGraph, ChannelGroup, Proof
 from weightfold.graph.resize import Sizer, kind_of
 from weightfold.graph.trace import Example, trace
 from weightfold.graph.trials import (
+    BLIND,
     DOING,
     KINDS,
     MERGE,
@@ -173,6 +174,8 @@ def _narrowed(trials: Trials, graph: ChannelGraph, items: list[Item]) -> dict[It
         half = len(names) // 2
         for some in (names[:half], names[half:]):
             found |= _narrowed(trials, graph, [item for item in items if item[0] in some])
+    if finding is BLIND:
+        return {}  # each kind alone could be tried, and was right
     return found or dict.fromkeys(items, finding)
 
 

@@ -197,10 +197,10 @@ class Planter:
         scaled = {a.tensor.rpartition(".")[0] for a in group.axes if a.role == "pointwise"} if gently else set()
         for axis in group.axes:
             written = axis.role in ("write", "pointwise", "both")
-            direction = axis.role == "write" and find_tensor(self.model, axis.tensor)[2].ndim > 1
-            if direction and axis.tensor.rpartition(".")[0] in scaled and not picked.copies:
-                continue
             rows = picked.silent if written else picked.unread if axis.role == "read" else []
+            matrix = axis.role == "write" and find_tensor(self.model, axis.tensor)[2].ndim > 1
+            if matrix and axis.tensor.rpartition(".")[0] in scaled:
+                rows = []
             pairs = [p for p in zip(picked.originals, picked.copies, strict=True) if written]
             if not rows and not pairs:
                 continue
