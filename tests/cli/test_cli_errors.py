@@ -192,6 +192,7 @@ def test_a_signal_that_ends_the_process_is_an_interruption(
             os.kill(os.getpid(), number)
         write(folder, state)
 
+    inherited = signal.signal(number, signal.SIG_DFL)  # one that was started under nohup ignores it
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_checkpoint", end)
@@ -199,5 +200,6 @@ def test_a_signal_that_ends_the_process_is_an_interruption(
     assert done.exit_code == 130
     assert f"by the same command, or: weightfold train --resume {tmp_path / 'run'}" in done.stderr
     assert signal.getsignal(number) == before
+    signal.signal(number, inherited)
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".") or "lock" in path.name]
     assert cli("train", *TINY, "--epochs", 1, "--out", tmp_path / "run").exit_code == 0

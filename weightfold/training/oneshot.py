@@ -176,8 +176,8 @@ def _compress(
     before = widths_of(compressor.prepare())
     events = [asdict(event) for event in compressor.once(_inputs(config, data))]
     after = {group.name: group.n_channels for group in compressor.graph}
-    refused = [event for event in events if not event["group"]]
-    if refused:
+    refused = [event for event in events if not event["group"] or event["kind"] == "refusal"]
+    if refused and not any(event["accepted"] for event in events):
         raise DataError(refused[0]["reason"].partition("\n")[0], remedy="Raise --samples, or pass more data.")
     return events, [[name, n, after.get(name, n)] for name, n in before.items()], compressor.convert().eval()
 

@@ -109,6 +109,7 @@ def align(
         GraphError: the architectures differ; says where.
         DataError: activation matching without data.
     Example:
+        >>> import copy
         >>> a = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> b = copy.deepcopy(a)
         >>> with torch.no_grad():
