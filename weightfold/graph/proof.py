@@ -28,9 +28,9 @@ from weightfold.graph.trials import (
     SIGN,
     SPLIT,
     UNREAD,
+    EditTrials,
     Finding,
     Item,
-    Trials,
     kinds_of,
     rounds,
     trials_for,
@@ -92,7 +92,7 @@ def with_symmetries_proved(model: nn.Module, example: Example) -> ChannelGraph:
 
 
 def proved(
-    model: nn.Module, graph: ChannelGraph, names: Sequence[str], trials: Trials, kinds: Collection[str] = KINDS
+    model: nn.Module, graph: ChannelGraph, names: Sequence[str], trials: EditTrials, kinds: Collection[str] = KINDS
 ) -> ChannelGraph:
     """Try all kinds of edit on the named groups; withdraw what is wrong.
 
@@ -137,7 +137,7 @@ def _items(
     return items
 
 
-def _all_at_once(trials: Trials, graph: ChannelGraph, items: Sequence[Item]) -> dict[Item, Finding]:
+def _all_at_once(trials: EditTrials, graph: ChannelGraph, items: Sequence[Item]) -> dict[Item, Finding]:
     """Everything that is wrong among some items, found with few forwards where nothing is."""
     kinds: dict[str, list[str]] = {}
     for name, kind in items:
@@ -151,7 +151,7 @@ def _all_at_once(trials: Trials, graph: ChannelGraph, items: Sequence[Item]) -> 
     return found
 
 
-def _narrowed(trials: Trials, graph: ChannelGraph, items: list[Item]) -> dict[Item, Finding]:
+def _narrowed(trials: EditTrials, graph: ChannelGraph, items: list[Item]) -> dict[Item, Finding]:
     """Which of some items are wrong: none if all together are right, else by kinds, then by halves of the groups."""
     finding = trials.run(graph, items) if items else None
     if finding is None:

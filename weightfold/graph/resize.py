@@ -27,8 +27,8 @@ from weightfold.graph.trials import (
     SILENT,
     SPLIT,
     UNREAD,
+    EditTrials,
     Finding,
-    Trials,
     kinds_of,
     smallest_block,
     trials_for,
@@ -39,7 +39,7 @@ Attribute = tuple[str, str, Fraction]
 REMEDY = "Derive the size from the tensor (-1, x.shape) or from an attribute of the module."
 BOTH_ENDS = (LAST, FIRST)
 MAX_TRIALS = 48
-"""Trials per kind of group before giving up."""
+"""EditTrials per kind of group before giving up."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Sizer:
         trials: on a copy of the model that runs; None where there is none.
     """
 
-    def __init__(self, model: nn.Module, example: Example, trials: Trials | None) -> None:
+    def __init__(self, model: nn.Module, example: Example, trials: EditTrials | None) -> None:
         self.model = model
         self.trials = trials
         self.bench = Bench.of(model, example)

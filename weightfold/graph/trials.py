@@ -38,7 +38,7 @@ DOING: Mapping[str, str] = {
     SIGN: "flipping signs of channels of",
 }
 
-SOME, MOST, LAST, FIRST = "some", "most", "last", "first"
+SOME, LAST, FIRST = "some", "last", "first"
 
 Item = tuple[str, str]
 """(name of a group, kind of trial)."""
@@ -123,9 +123,7 @@ class Picked:
         how many must stay besides one."""
         n, row = len(row), list(row)
         share = 1
-        if which == MOST:
-            share = max(1, n - max(1, n // 4))
-        elif which == SOME:
+        if which == SOME:
             others = len({UNREAD, MERGE} & set(kinds))
             share = max(1, min(n - 1 - others - spare, n // 3)) if SILENT in kinds else max(1, n // 4)
         for kind, out in ((SILENT, self.silent), (UNREAD, self.unread)):
@@ -144,7 +142,7 @@ def pick(group: ChannelGroup, kinds: Collection[str], generator: torch.Generator
     """Choose channels of each block for the trials of some kinds.
 
     Args:
-        which: a few at random; most of them; the last one; the first one. What a forward picks by its position shows in
+        which: a few at random; the last one; the first one. What a forward picks by its position shows in
             one of these; so does what moves by half a channel (padding on both sides).
     """
     out, n = Picked(), smallest_block(group)
@@ -285,7 +283,7 @@ def _random_order(n: int, block: Tensor | None, generator: torch.Generator) -> T
 
 
 @dataclass(eq=False)
-class Trials:
+class EditTrials:
     """Runs trials on one copy.
 
     Args:
@@ -388,9 +386,9 @@ class Trials:
         return None
 
 
-def trials_on(twin: Twin) -> Trials:
+def trials_on(twin: Twin) -> EditTrials:
     """Trials with the channels that a fixed seed picks: the same graph on every call."""
-    return Trials(twin, torch.Generator().manual_seed(1))
+    return EditTrials(twin, torch.Generator().manual_seed(1))
 
 
 def trials_for(
@@ -401,7 +399,7 @@ def trials_for(
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     *,
     training: bool = True,
-) -> Trials | str:
+) -> EditTrials | str:
     """Trials on a copy whose outputs depend on the named groups; or why there is none.
 
     On a copy whose units happen to be dead an edit changes nothing, right or wrong. So the weights are drawn again

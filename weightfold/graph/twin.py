@@ -356,31 +356,26 @@ class Twin:
         """
         model = self.model
         model.train(training)
-        buffers = [(b, b.detach().clone()) for b in model.buffers()]
         kept = _kept_scalars(model)
         args, kwargs = Copier(Tensor.clone)(self.inputs)
         try:
-            with quiet(), Settled(), doubled() if self.wide else _as_is():
+            with _buffers_kept(model), quiet(), Settled(), doubled() if self.wide else _as_is():
                 torch.manual_seed(0)
                 out = model(*args, **kwargs)
                 scalars = [v for k, v in _kept_scalars(model).items() if kept.get(k) is not v]
                 return [_plain(t) for t in (*numbers(out), *scalars)]
         except Exception as error:
             raise Failure(error) from error
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if buffer.shape == before.shape:
-                        buffer.copy_(before)
 
     def slopes(self) -> dict[str, Tensor]:
         """The gradient of the outputs, weighted at random, by parameter; empty where there is none to be had."""
         model = self.model.train(False)
         parameters = dict(model.named_parameters())
         args, kwargs = Copier(Tensor.clone)(self.inputs)
-        buffers = [(b, b.detach().clone()) for b in model.buffers()]
         try:
-            with quiet(), Settled(), doubled() if self.wide else _as_is(), torch.enable_grad():
+            with (
+                _buffers_kept(model), quiet(), Settled(), doubled() if self.wide else _as_is(), torch.enable_grad()
+            ):  # fmt: skip
                 for parameter in parameters.values():
                     parameter.requires_grad_(True)
                 torch.manual_seed(0)
@@ -392,9 +387,6 @@ class Twin:
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
         slopes = zip(parameters.items(), found, strict=True)
         return {name: torch.zeros_like(p) if slope is None else slope for (name, p), slope in slopes}
 
@@ -407,6 +399,19 @@ class Twin:
         """The modes of which something is known once all trials are run."""
         modes = (False, True) if self.same else self.modes
         return tuple("training" if mode else "evaluation" for mode in modes)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward writes into buffers: the next one starts as this one did."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if buffer.shape == before.shape:
+                    buffer.copy_(before)
 
 
 @contextmanager
